@@ -1,0 +1,31 @@
+# Each target makes the virtual environment it needs, on a bare machine too, and is quick when it exists.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/
+INSTALL = $(RUN)pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+
+.PHONY: quickstart test clean
+
+quickstart: $(VENV)/examples-installed
+	$(RUN)python examples/quickstart.py
+
+test: $(VENV)/dev-installed
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+	$(RUN)mypy
+	$(RUN)lint-imports
+	$(RUN)pytest -q
+
+$(VENV)/examples-installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) ".[examples]"
+	touch $@
+
+$(VENV)/dev-installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) ".[dev]"
+	touch $@ $(VENV)/examples-installed
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) quickstart_output .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

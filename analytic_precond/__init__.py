@@ -1,0 +1,42 @@
+"""Preconditioning primitives for distilling diffusion models.
+
+Data flow one way: teacher denoiser -> statistics (l_t, S per noise level) -> preconditioning (c_skip, c_out)(t, s) ->
+student -> loss, sampler.
+"""
+
+from importlib.metadata import version
+
+from .analytic import AnalyticPreconditioning
+from .estimation import estimate_statistics
+from .exact import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from .merging import merge_statistics
+from .noise_levels import expand_to, karras_noise_levels, log_noise_levels
+from .preconditioning import CTMPreconditioning, DenoiserScalings, EDMPreconditioning, Preconditioning, Scalings
+from .teacher import Denoiser
+from .teacher_statistics import StatisticsHeader, TeacherStatistics
+
+__version__ = version("analytic-precond")
+
+__all__ = [  # noqa: RUF022 - in the order of the pipeline
+    # noise levels
+    "karras_noise_levels",
+    "log_noise_levels",
+    "expand_to",
+    # teachers
+    "Denoiser",
+    "GaussianDenoiser",
+    "GaussianMixtureDenoiser",
+    "EmpiricalDenoiser",
+    # statistics
+    "estimate_statistics",
+    "TeacherStatistics",
+    "StatisticsHeader",
+    "merge_statistics",
+    # preconditionings
+    "Preconditioning",
+    "Scalings",
+    "DenoiserScalings",
+    "EDMPreconditioning",
+    "CTMPreconditioning",
+    "AnalyticPreconditioning",
+]

@@ -1,0 +1,94 @@
+"""Argument checks: each raises with what was expected, what came and what to do; none converts its argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def check_tensor(value: object, name: str) -> None:
+    """Refuse anything but a floating-point tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}: convert it with torch.as_tensor.")
+    if not value.is_floating_point():
+        raise TypeError(
+            f"{name} must be a floating-point tensor, got {value.dtype}: "
+            f"convert it first, e.g. images in 0..255 by x.float() / 127.5 - 1, indices by levels[index]."
+        )
+
+
+def check_finite(value: Tensor, name: str) -> None:
+    """Refuse NaN and infinity (reads the values: a device synchronisation off the CPU)."""
+    if not bool(torch.isfinite(value).all()):
+        bad = int((~torch.isfinite(value)).sum())
+        raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {value.numel()} values: mend the input.")
+
+
+def check_levels(levels: object, name: str = "levels") -> None:
+    """Refuse anything but a strictly decreasing 1-D tensor of at least two finite positive noise levels."""
+    check_tensor(levels, name)
+    assert isinstance(levels, Tensor)
+    if levels.ndim != 1 or levels.numel() < 2:
+        raise ValueError(
+            f"{name} must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}: "
+            f"make a grid with log_noise_levels or karras_noise_levels."
+        )
+    check_finite(levels, name)
+    if not bool((levels > 0).all()):
+        index = int((levels <= 0).nonzero()[0])
+        raise ValueError(
+            f"{name} must be positive noise levels (sigma), got {levels[index].item()} at index {index}: "
+            f"drop a final 0 from a sampler's grid."
+        )
+    if not bool((levels.diff() < 0).all()):
+        index = int((levels.diff() >= 0).nonzero()[0])
+        raise ValueError(
+            f"{name} must be strictly decreasing (noisiest first), got {levels[index].item()} then "
+            f"{levels[index + 1].item()} at index {index}: sort them (levels.sort(descending=True).values) and drop "
+            f"duplicates."
+        )
+
+
+def check_noise_level(t: object, x: Tensor, name: str = "t") -> None:
+    """Refuse a noise level that is not one per sample of ``x`` (or a single one)."""
+    check_tensor(t, name)
+    assert isinstance(t, Tensor)
+    if t.ndim == x.ndim > 0:
+        fits = all(size in (1, full) for size, full in zip(t.shape, x.shape, strict=True))
+    else:
+        fits = t.ndim == 0 or t.shape == x.shape[:1] or t.shape == (1,)
+    if not fits:
+        raise ValueError(
+            f"{name} must hold one noise level per sample, shape {tuple(x.shape[:1])} for x of shape "
+            f"{tuple(x.shape)}, got shape {tuple(t.shape)}: pass t.expand(len(x)) for a common level."
+        )
+
+
+def check_count(value: object, minimum: int, name: str, advice: str = "") -> None:
+    """Refuse anything but an integer of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__}).{advice and ' ' + advice}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.{advice and ' ' + advice}")
+
+
+def check_positive(value: object, name: str) -> None:
+    """Refuse anything but a finite positive number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}): pass a Python float.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}.")
+
+
+def check_choice(value: object, known: Iterable[str], name: str) -> None:
+    """Refuse a name that is not among the known ones."""
+    names = list(known)
+    if value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}.")
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating dtype that the device computes in: float64, but float32 on Apple's MPS."""
+    return torch.float32 if device.type == "mps" else torch.float64

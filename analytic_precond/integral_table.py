@@ -1,0 +1,132 @@
+r"""Integrals of l and s between any two noise levels, exact to rounding and cheap: the numerics behind `analytic`.
+
+Offline, splines are resampled as polynomials on a fine grid uniform in lambda, so that finding a cell is a
+multiplication. Online, everything is formed relative to the pair (t, s): nothing is exponentiated from lambda_T, and
+the distance ln(t / s) is computed once, from the levels themselves, so that the diagonal costs no digits
+(docs/method.md, section 7).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ._buffers import FixedPrecisionModule
+from .splines import Array
+
+_CELLS = 512  # 0.02 in lambda each, for the usual range
+_DEGREE = 6  # interpolates exp(h) over a cell to 1e-13
+_MAX_FALL = 60.0  # the running integral keeps 106 bits: e^-60 leaves ten digits
+
+
+class PairIntegrals(NamedTuple):
+    """What a jump from t to s is made of.
+
+    Attributes:
+        l_t: Linear coefficient at t.
+        l_s: Linear coefficient at s.
+        L_ratio: L_t / L_s, in (0, 1] for l <= 1.
+        S_ratio: S_s / S_t.
+        r: (N_s - N_t) / (L_s S_s), not negative.
+    """
+
+    l_t: Tensor
+    l_s: Tensor
+    L_ratio: Tensor
+    S_ratio: Tensor
+    r: Tensor
+
+
+class IntegralTable(FixedPrecisionModule):
+    r"""Piecewise polynomials of $l$, $\ln L$, $\ln S$ and $N$ in $\lambda = -\ln t$.
+
+    Args:
+        sigma_max: Noisiest level.
+        sigma_min: Cleanest level.
+        l: l as a scipy spline in lambda.
+        ln_S: ln S as a scipy spline in lambda, up to a constant.
+
+    Raises:
+        ValueError: If ln(L S) falls so far that the running integral would lose its digits.
+    """
+
+    polynomials: Tensor
+    running: Tensor
+    ends: Tensor
+
+    def __init__(self, sigma_max: float, sigma_min: float, l: Any, ln_S: Any) -> None:
+        super().__init__()
+        lam_T, lam_eps = -math.log(sigma_max), -math.log(sigma_min)
+        width = (lam_eps - lam_T) / _CELLS
+        nodes = -np.cos(np.pi * np.arange(_DEGREE + 1) / _DEGREE)  # Chebyshev: the ends included, so cells join
+        lam = lam_T + width * (np.arange(_CELLS)[:, None] + (1 + nodes) / 2)
+
+        integral_of_l = l.antiderivative()
+        ln_L = (lam - lam_T) - (integral_of_l(lam) - integral_of_l(lam_T))
+        h = ln_L + ln_S(lam)
+        fall = float((np.maximum.accumulate(h.ravel()) - h.ravel()).max())
+        if not fall <= _MAX_FALL:
+            raise ValueError(
+                f"s must not let ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {fall:.4g}: "
+                f"check its sign and scale (it multiplies d lambda, with lambda = -ln t)."
+            )
+
+        to_coefficients = np.linalg.inv(np.vander(nodes)).T  # highest power first
+        density = np.exp(h - h.max()) @ to_coefficients
+        N = np.pad(density / np.arange(_DEGREE + 1, 0, -1), ((0, 0), (0, 1))) * width / 2
+        N[:, -1] = -np.polyval(N.T, -1.0)  # from each cell's noisy end
+        values = [np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l(lam), ln_L, ln_S(lam) - h.max())]
+        self.register_buffer("polynomials", torch.from_numpy(np.stack([*values, N], 1)))
+        self.register_buffer("running", torch.from_numpy(_running_sum(np.polyval(N.T, 1.0))))
+        self.register_buffer("ends", torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
+        self._set_grid()
+
+    def _set_grid(self) -> None:
+        """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
+        self.sigma_max, self.sigma_min = float(self.ends[0]), float(self.ends[1])
+        self.cells_per_lambda = _CELLS / math.log(self.sigma_max / self.sigma_min)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._set_grid()
+
+    def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
+        """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range."""
+        position_s = -(s / self.sigma_max).log() * self.cells_per_lambda
+        position_t = position_s - ((t - s) / s).log1p() * self.cells_per_lambda
+        position = torch.stack([position_t, position_s])
+
+        cell = position.detach().floor().clamp(0, _CELLS - 1).nan_to_num(0)
+        v = (2 * (position - cell) - 1).unsqueeze(-1)
+        index = cell.long()
+        coefficients = self.polynomials[index]
+        value = coefficients[..., 0]
+        for power in range(1, coefficients.shape[-1]):  # Horner, elementwise: equal levels give equal bits
+            value = value * v + coefficients[..., power]
+        l, ln_L, ln_S, N = value.unbind(-1)
+        high, low = self.running[index].unbind(-1)
+
+        delta_N = (high[1] - high[0]) + ((low[1] - low[0]) + (N[1] - N[0]))
+        return PairIntegrals(
+            l_t=l[0],
+            l_s=l[1],
+            L_ratio=(ln_L[0] - ln_L[1]).exp(),
+            S_ratio=(ln_S[1] - ln_S[0]).exp(),
+            r=delta_N * (-ln_L[1] - ln_S[1]).exp(),
+        )
+
+
+def _running_sum(terms: Array) -> Array:
+    """Return the sums of the terms before each, as unevaluated pairs high + low (Knuth's two-sum). Shape ``(n, 2)``."""
+    result, high, low = [], 0.0, 0.0
+    for term in terms.tolist():
+        result.append((high, low))
+        total = high + term
+        carried = total - high
+        low += (high - (total - carried)) + (term - carried)
+        high = total
+    return np.array(result)

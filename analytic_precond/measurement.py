@@ -1,0 +1,97 @@
+"""One batch at one noise level: the teacher is called, and inner products come out (docs/method.md, section 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import wide_dtype
+from .derivatives import Condition, JacobianForm, ode_derivative_difference, ode_derivative_jvp
+from .moments import inner_products
+from .teacher import Denoiser
+
+_ODE_DERIVATIVES = {"jvp": ode_derivative_jvp, "finite-difference": ode_derivative_difference}
+
+
+class Measurement:
+    """The estimators of l and s, as what they ask of the teacher.
+
+    Args:
+        denoiser: The teacher.
+        l_method: Estimator of l.
+        s_method: Estimator of s.
+    """
+
+    def __init__(self, denoiser: Denoiser, l_method: str, s_method: str) -> None:
+        self.denoiser = denoiser
+        self.l_method = l_method
+        self.jacobian_form = JacobianForm(denoiser)
+        self.ode_derivative = _ODE_DERIVATIVES.get(s_method)
+
+    def __call__(
+        self, x_0: Tensor, noise: Tensor, probes: Tensor | None, t: float, condition: Condition, where: str
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Measure the pairs ``x_0 ± t noise``.
+
+        Args:
+            x_0: Clean samples. Shape ``(B, ...)``.
+            noise: Standard normal noise in the wide dtype. Shape of ``x_0``.
+            probes: Rademacher probes for both halves, or None. Shape ``(2, *x_0.shape)``.
+            t: The noise level.
+            condition: Keyword arguments of the teacher.
+            where: The level and the batch, for error messages.
+
+        Returns:
+            The pairs' moments, shape ``(B, 7)``, and the features D, x (and y) that they are made of, each of
+            shape ``(2, B, d)``; all in the wide dtype.
+        """
+        wide, levels = wide_dtype(x_0.device), x_0.new_full((len(x_0),), t)
+        halves = []
+        for half, sign in enumerate((1.0, -1.0)):
+            x = (x_0 + sign * t * noise).to(x_0.dtype)
+            probe = None if probes is None else probes[half].to(x)
+            halves.append(self._half(x, levels, probe, condition, where))
+        features = [
+            torch.stack(parts).reshape(2, len(x_0), -1).to(wide)
+            for parts in list(zip(*halves, strict=True))[:-1]
+            if parts[0] is not None
+        ]
+
+        d = features[0].shape[-1]
+        if self.l_method == "stein":
+            n = noise.reshape(len(x_0), -1)
+            trace, norm = (n * (features[0][0] - features[0][1])).sum(-1) / (2 * t), (n * n).sum(-1)
+        else:
+            trace = (halves[0][-1] + halves[1][-1]) / 2
+            norm = torch.full_like(trace, d)
+        return torch.cat([trace[:, None], norm[:, None], inner_products(features)], 1), features
+
+    def _half(
+        self, x: Tensor, t: Tensor, probe: Tensor | None, condition: Condition, where: str
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return D, x, dD/dlambda if needed, and the trace estimate (0 for ``stein``, which takes both halves)."""
+        trace = torch.zeros(len(x), dtype=wide_dtype(x.device), device=x.device)
+        if self.l_method == "hutchinson" and probe is not None:
+            denoised, trace = self.jacobian_form(x, t, probe, condition)
+        elif self.l_method == "exact":
+            for i in range(x[0].numel()):
+                unit = torch.zeros_like(x)
+                unit.reshape(len(x), -1)[:, i] = 1
+                denoised, element = self.jacobian_form(x, t, unit, condition)
+                trace += element
+        else:
+            denoised = self.denoiser(x, t, **condition)
+        _check_output(denoised, x, where)
+        y = None if self.ode_derivative is None else self.ode_derivative(self.denoiser, x, t, denoised, condition)
+        return denoised, x, y, trace
+
+
+def _check_output(denoised: object, x: Tensor, where: str) -> None:
+    if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
+        got = denoised.dtype if isinstance(denoised, Tensor) else type(denoised).__name__
+        raise TypeError(f"the teacher must return a floating-point tensor, got {got} at {where}: unwrap its output.")
+    if denoised.shape != x.shape:
+        raise ValueError(
+            f"the teacher must return x's shape {tuple(x.shape)}, got {tuple(denoised.shape)} at {where}: "
+            f"drop extra channels (a learned variance?) in an adapter."
+        )

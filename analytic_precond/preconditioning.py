@@ -1,0 +1,247 @@
+r"""Preconditionings: $(t, s) \mapsto (c_{skip}, c_{out})$, the jump $x_s = c_{skip}\, x_t + c_{out}\, D(x_t)$.
+
+They act on the student's *denoiser* D. Whatever D says, $c_{skip}(t, t) = 1$ and $c_{out}(t, t) = 0$, so that a jump
+from t to t changes nothing, and $D = x_t - t\, \partial_s x_s |_{s = t}$.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._buffers import FixedPrecisionModule
+from ._checks import check_choice, check_positive, check_tensor, wide_dtype
+from .noise_levels import expand_to
+
+_ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
+
+
+class Scalings(NamedTuple):
+    """Coefficients of a jump.
+
+    Attributes:
+        c_skip: Multiplies the noisy data.
+        c_out: Multiplies the denoiser's (or, from ``on_network``, the raw network's) output.
+    """
+
+    c_skip: Tensor
+    c_out: Tensor
+
+
+class DenoiserScalings(NamedTuple):
+    """Coefficients that make a denoiser of a raw network: ``D = c_skip x + c_out F(c_in x, c_noise)``.
+
+    Attributes:
+        c_skip: Multiplies the noisy data.
+        c_out: Multiplies the network's output.
+        c_in: Multiplies the noisy data on their way into the network.
+        c_noise: What the network is told of the noise level.
+    """
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+class EDMPreconditioning:
+    r"""EDM's parameterisation of the denoiser itself (Karras et al. 2022, table 1), with $v = \sigma_{data}^2$.
+
+    $$c_{skip} = \frac{v}{t^2 + v}, \quad c_{out} = \frac{t\, \sigma_{data}}{\sqrt{t^2 + v}}, \quad
+      c_{in} = \frac{1}{\sqrt{t^2 + v}}, \quad c_{noise} = \tfrac14 \ln t$$
+
+    Args:
+        sigma_data: Standard deviation of the data, positive.
+
+    Example:
+        >>> EDMPreconditioning(sigma_data=0.5)(torch.tensor(0.5)).c_skip
+        tensor(0.5000)
+    """
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        check_positive(sigma_data, "sigma_data")
+        self.sigma_data = float(sigma_data)
+
+    def __call__(self, t: Tensor) -> DenoiserScalings:
+        """Return the four coefficients at noise levels ``t``, in its shape and dtype."""
+        check_tensor(t, "t")
+        wide = t.to(wide_dtype(t.device))
+        total = wide**2 + self.sigma_data**2
+        c_in = total.rsqrt()
+        scalings = (self.sigma_data**2 / total, wide * self.sigma_data * c_in, c_in, wide.log() / 4)
+        return DenoiserScalings(*(c.to(t.dtype) for c in scalings))
+
+
+class Preconditioning(FixedPrecisionModule):
+    """Base of all preconditionings: checks, dtypes and the jump around a subclass's `coefficients`.
+
+    Noise levels are floats or floating-point tensors that broadcast against each other, with ``s <= t`` inside the
+    preconditioning's range, to float32 rounding. Where looking at the values would stall the device (off the CPU) or
+    break a graph (in torch.compile), levels out of range give NaN instead of an error.
+
+    Args:
+        sigma_data: Standard deviation of the data, for `on_network`.
+    """
+
+    def __init__(self, sigma_data: float) -> None:
+        super().__init__()
+        check_positive(sigma_data, "sigma_data")
+        self.sigma_data = float(sigma_data)
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest noise level to start from."""
+        return math.inf
+
+    @property
+    def sigma_min(self) -> float:
+        """The smallest noise level to reach."""
+        return 0.0
+
+    @abstractmethod
+    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
+        """Return the coefficients for levels known to be valid, as float64 tensors of one shape."""
+
+    def forward(self, t: Tensor | float, s: Tensor | float) -> Scalings:
+        """Return ``c_skip`` and ``c_out`` of the jump from ``t`` to ``s``, on the denoiser.
+
+        Args:
+            t: Noise levels to start from.
+            s: Noise levels to reach, at most ``t``.
+
+        Returns:
+            The coefficients in the broadcast shape, computed in float64 and returned in the levels' dtype (float32
+            for half-precision levels).
+        """
+        c_skip, c_out = self._wide(t, s)
+        dtypes = [level.dtype for level in (t, s) if isinstance(level, Tensor)]
+        dtype = torch.float64 if not dtypes else torch.promote_types(dtypes[0], dtypes[-1])
+        dtype = torch.promote_types(dtype, torch.float32)
+        return Scalings(c_skip.to(dtype), c_out.to(dtype))
+
+    def on_network(self, t: Tensor | float, s: Tensor | float) -> Scalings:
+        """Return ``c_skip`` and ``c_out`` of the same jump on a raw network F inside EDM's denoiser.
+
+        Args:
+            t: Noise levels to start from.
+            s: Noise levels to reach, at most ``t``.
+
+        Returns:
+            The coefficients of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, as from calling the preconditioning.
+        """
+        c_skip, c_out = self(t, s)
+        edm = EDMPreconditioning(self.sigma_data)(torch.as_tensor(t, dtype=c_out.dtype, device=c_out.device))
+        return Scalings(c_skip + c_out * edm.c_skip, c_out * edm.c_out)
+
+    def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """Return ``x_s = c_skip x_t + c_out denoised``.
+
+        Args:
+            x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
+            denoised: The denoiser's output. Shape of ``x_t``.
+            t: Noise levels to start from. Shape ``(B,)``, or one for all.
+            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
+
+        Returns:
+            The data at level ``s``, in the wider of the two tensors' dtypes. Shape of ``x_t``.
+
+        Raises:
+            ValueError: If the shapes do not fit.
+        """
+        if denoised.shape != x_t.shape:
+            raise ValueError(f"denoised must have x_t's shape {tuple(x_t.shape)}, got {tuple(denoised.shape)}.")
+        dtype = torch.promote_types(x_t.dtype, denoised.dtype)
+        compute = torch.promote_types(dtype, torch.float32)
+        c_skip, c_out = (expand_to(c.to(compute), x_t) for c in self._wide(t, s, x_t.device))
+        return (c_skip * x_t + c_out * denoised).to(dtype)
+
+    def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
+        """Return the coefficients in float64, after all checks."""
+        for level, name in ((t, "t"), (s, "s")):
+            if isinstance(level, Tensor):
+                check_tensor(level, name)
+                device = level.device if device is None else device
+            elif not isinstance(level, float):
+                raise TypeError(
+                    f"{name} must be a noise level (float or floating-point tensor), got {level!r} "
+                    f"({type(level).__name__}): write 80.0, or look an index up in a grid."
+                )
+        device = torch.get_default_device() if device is None else device
+        dtype = wide_dtype(device)
+        t, s = (torch.as_tensor(v, dtype=dtype, device=device) for v in (t, s))
+        shape = torch.broadcast_shapes(t.shape, s.shape)
+        t, s = t.expand(shape), s.expand(shape)
+        low, high = self.sigma_min * (1 - _ROUNDING), self.sigma_max * (1 + _ROUNDING)
+        valid = (s <= t * (1 + _ROUNDING)) & (s >= low) & (t <= high) & (t > 0)
+        readable = device.type == "cpu" and not torch.compiler.is_compiling()
+        if readable:
+            self._refuse(t, s, valid)
+            return self.coefficients(t, s)
+        return Scalings(*(torch.where(valid, c, torch.nan) for c in self.coefficients(t, s)))
+
+    def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> None:
+        """Raise for the first jump that is not valid."""
+        try:
+            all_valid = bool(valid.all())
+        except RuntimeError:  # torch.vmap: values cannot be read
+            return
+        if not all_valid:
+            index = int((~valid).flatten().nonzero()[0])
+            t_bad, s_bad = t.flatten()[index].item(), s.flatten()[index].item()
+            raise ValueError(
+                f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
+                f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: noise levels are sigma, not indices."
+            )
+
+
+class CTMPreconditioning(Preconditioning):
+    r"""The Consistency Trajectory Model's hand-crafted jumps (Kim et al. 2024), on the denoiser.
+
+    With $V(t) = (t - \sigma_{min})^2 + \sigma_{data}^2$ and an outer factor $g$ on $x_t$:
+
+    - ``"euler"``: $g = s / t$, one Euler step of the probability-flow ODE,
+    - ``"variance"``: $g = \sqrt{V(s) / V(t)}$,
+    - ``"euler_variance_mixed"``: $g = (s + \sqrt{V(s) / V(t)}) / (t + 1)$.
+
+    The network's share is $c_{out} = 1 - s/t$ in all three, and
+    $c_{skip} = g - (1 - s/t)(1 - t\, \partial_s g|_{s=t})$: for the last two, CTM's own network output differs from
+    the denoiser by that multiple of $x_t$.
+
+    Args:
+        outer: One of the three.
+        sigma_data: Standard deviation of the data.
+        sigma_min: The shift in V.
+
+    Raises:
+        ValueError: If ``outer`` is unknown or a number is not positive.
+
+    Example:
+        >>> CTMPreconditioning()(torch.tensor(4.0), torch.tensor(1.0))
+        Scalings(c_skip=tensor(0.2500), c_out=tensor(0.7500))
+    """
+
+    def __init__(self, outer: str = "euler", sigma_data: float = 0.5, sigma_min: float = 0.002) -> None:
+        check_choice(outer, ("euler", "variance", "euler_variance_mixed"), "outer")
+        check_positive(sigma_min, "sigma_min")
+        super().__init__(sigma_data)
+        self.outer = outer
+        self.shift = float(sigma_min)
+
+    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
+        """Return the coefficients for valid levels."""
+        c_out = (t - s) / t
+        if self.outer == "euler":
+            return Scalings(s / t, c_out)
+        g, slope = self._variance(t, s)
+        if self.outer == "euler_variance_mixed":
+            g, slope = (s + g) / (t + 1), (1 + slope) / (t + 1)
+        return Scalings(g - c_out * (1 - t * slope), c_out)
+
+    def _variance(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the variance-preserving factor and its slope in s at s = t."""
+        v_t, v_s = ((level - self.shift) ** 2 + self.sigma_data**2 for level in (t, s))
+        return (v_s / v_t).sqrt(), (t - self.shift) / v_t

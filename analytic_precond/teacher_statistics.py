@@ -1,0 +1,227 @@
+r"""Statistics of a teacher: $l_t$, $s_t$ and the remainder's RMS per noise level, with standard errors.
+
+The object holds sums over samples and derives everything from them (docs/method.md, sections 4 to 6). It is all that a
+student needs of its teacher.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import splines
+from ._checks import check_choice, check_finite, check_levels
+from ._files import read_tensors, write_tensors
+from .moments import MOMENTS, Array, jackknife
+
+L_METHODS = ("stein", "hutchinson", "exact")
+S_METHODS = ("transport", "jvp", "finite-difference")
+
+_KIND = "TeacherStatistics 1"  # what the file is, and the version of its layout
+_UNRESOLVED = 1e-7  # a remainder below this fraction of D's RMS is rounding
+
+
+@dataclass(frozen=True)
+class StatisticsHeader:
+    """How statistics were made; it travels in the file's header.
+
+    Attributes:
+        l_method: Estimator of l: ``"stein"``, ``"hutchinson"`` or ``"exact"``.
+        s_method: Estimator of s: ``"transport"``, ``"jvp"`` or ``"finite-difference"``.
+        seeds: Seeds of the runs that were merged into this one.
+        sample_shape: Shape of one data sample.
+        description: The teacher, in words.
+    """
+
+    l_method: str
+    s_method: str
+    seeds: tuple[int, ...]
+    sample_shape: tuple[int, ...]
+    description: str
+
+    @property
+    def sample_size(self) -> int:
+        """Number of elements d of one sample."""
+        return int(np.prod(self.sample_shape, dtype=np.int64))
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherStatistics:
+    r"""Coefficients of a teacher on a grid of noise levels. Made by `estimate_statistics` or `TeacherStatistics.load`.
+
+    All results are float64 tensors with one value per level. With $g = D - l_t x$ (minus the intercept, if any):
+
+    - ``l`` estimates $l_t = E[tr\,\partial D / \partial x] / d$,
+    - ``g_rms`` estimates $\sqrt{E|g|^2 / d}$,
+    - ``s`` estimates $s_t = E\langle g, dg/d\lambda \rangle / E|g|^2$; it is 0 where g vanishes,
+    - ``..._stderr`` are their standard errors: 1.96 of them to each side make a 95 % interval.
+
+    Attributes:
+        levels: Decreasing noise levels. Shape ``(K,)``.
+        counts: Number of antithetic pairs per group. Shape ``(G,)``.
+        sums: Moments summed per group. Shape ``(G, K, 7)``.
+        header: How the statistics were made.
+        mean_denoised: With an intercept: the mean of D per level. Shape ``(K, *sample_shape)``.
+        mean_data: With an intercept: the mean of the data. Shape ``sample_shape``.
+    """
+
+    levels: Tensor
+    counts: Tensor
+    sums: Tensor
+    header: StatisticsHeader
+    mean_denoised: Tensor | None = None
+    mean_data: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        """Check the parts against each other, wherever they come from."""
+        check_levels(self.levels)
+        check_choice(self.header.l_method, L_METHODS, "l_method")
+        check_choice(self.header.s_method, S_METHODS, "s_method")
+        groups, shape = len(self.counts), self.header.sample_shape
+        expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+            ("levels", self.levels, (len(self.levels),)),
+            ("counts", self.counts, (groups,)),
+            ("sums", self.sums, (groups, len(self.levels), len(MOMENTS))),
+        ]
+        if self.mean_denoised is not None or self.mean_data is not None:
+            expected += [
+                ("mean_denoised", self.mean_denoised, (len(self.levels), *shape)),
+                ("mean_data", self.mean_data, shape),
+            ]
+        for name, part, part_shape in expected:
+            if part is None or part.shape != part_shape or part.dtype != torch.float64:
+                got = "nothing" if part is None else f"{part.dtype} of shape {tuple(part.shape)}"
+                raise ValueError(f"{name} must be float64 of shape {part_shape}, got {got}.")
+            check_finite(part, name)
+        if groups == 0 or not bool((self.counts >= 1).all()) or not bool((self.sums[..., 1] > 0).all()):
+            raise ValueError("counts and probe norms must be positive: these sums hold no samples.")
+
+    @property
+    def num_samples(self) -> int:
+        """Number of noisy samples per level: two for each pair."""
+        return 2 * int(self.counts.sum())
+
+    @property
+    def l(self) -> Tensor:
+        """The linear coefficient l_t. Shape ``(K,)``."""
+        return self._estimates[0]
+
+    @property
+    def l_stderr(self) -> Tensor:
+        """Standard error of `l`. Shape ``(K,)``."""
+        return self._estimates[1]
+
+    @property
+    def g_rms(self) -> Tensor:
+        """RMS per element of the remainder g. Shape ``(K,)``."""
+        return self._estimates[2]
+
+    @property
+    def g_rms_stderr(self) -> Tensor:
+        """Standard error of `g_rms`. Shape ``(K,)``."""
+        return self._estimates[3]
+
+    @property
+    def s(self) -> Tensor:
+        """The scaling coefficient s_t. Shape ``(K,)``."""
+        return self._estimates[4]
+
+    @property
+    def s_stderr(self) -> Tensor:
+        """Standard error of `s`. Shape ``(K,)``."""
+        return self._estimates[5]
+
+    @property
+    def intercept(self) -> Tensor | None:
+        r"""The intercept $b_t = E[D] - l_t E[x]$, shape ``(K, *sample_shape)``; None where none was asked for."""
+        if self.mean_denoised is None or self.mean_data is None:
+            return None
+        return self.mean_denoised - self.l.reshape(-1, *[1] * self.mean_data.ndim) * self.mean_data
+
+    @cached_property
+    def _estimates(self) -> tuple[Tensor, ...]:
+        pairs = jackknife(self.counts.numpy(), self.sums.numpy(), self._coefficients)
+        return tuple(torch.from_numpy(np.ascontiguousarray(v)) for pair in pairs for v in pair)
+
+    def _coefficients(self, means: Array) -> tuple[Array, Array, Array]:
+        """Return l, g_rms and s from mean moments. Shapes: ``(R, K, 7)`` to ``(R, K)`` each."""
+        levels = self.levels.numpy()
+        trace, norm, DD, Dx, xx, Dy, xy = np.moveaxis(means, -1, 0)
+        l = trace / norm
+        gg = DD - 2 * l * Dx + l**2 * xx
+        resolved = gg > _UNRESOLVED**2 * DD
+        g_rms = np.sqrt(np.where(resolved, gg, 0) / self.header.sample_size)
+
+        if self.header.s_method == "transport":
+            s = splines.derivative(levels, splines.log_scale(levels, g_rms))
+        else:
+            # dg/dlambda = y - l' x - l (D - x), y the derivative of D along the ODE
+            dl = splines.derivative(levels, l)
+            g_dg = Dy - dl * Dx - l * (DD - Dx) - l * xy + l * dl * xx + l**2 * (Dx - xx)
+            s = g_dg / np.where(resolved, gg, 1)
+        return l, g_rms, np.where(resolved, s, 0)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the statistics as a safetensors file, atomically: an existing file is replaced whole or not at all.
+
+        Args:
+            path: The file to write, by custom ``.safetensors``.
+
+        Raises:
+            FileNotFoundError: If the folder does not exist.
+            ValueError: If ``path`` is a folder.
+        """
+        tensors = {name: getattr(self, name) for name in _TENSORS if getattr(self, name) is not None}
+        readable = {"num_samples": self.num_samples, "num_levels": len(self.levels)}
+        write_tensors(path, _KIND, {**asdict(self.header), **readable}, tensors)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TeacherStatistics:
+        """Read statistics written by `save`. Nothing in the file is executed.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The statistics, equal to the saved ones bit for bit.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is anything but undamaged statistics.
+        """
+        header, tensors = read_tensors(path, _KIND)
+        try:
+            return cls(**_required(tensors), header=_header_from(header))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"expected statistics in {path}, got parts that do not fit: {error}") from error
+
+
+_TENSORS = ("levels", "counts", "sums", "mean_denoised", "mean_data")
+
+
+def _required(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    missing = [name for name in _TENSORS[:3] if name not in tensors]
+    if missing:
+        raise ValueError(f"tensors {missing} are missing")
+    return {name: tensors[name] for name in _TENSORS if name in tensors}
+
+
+def _header_from(header: dict[str, Any]) -> StatisticsHeader:
+    """Check a header that came from a file, and build it."""
+
+    def integers(name: str) -> tuple[int, ...]:
+        value = header.get(name)
+        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
+            raise ValueError(f"header field {name!r} must be a list of integers, got {value!r}")
+        return tuple(value)
+
+    words = {name: header.get(name) for name in ("l_method", "s_method", "description")}
+    if not all(isinstance(word, str) for word in words.values()):
+        raise ValueError(f"header fields {sorted(words)} must be strings, got {words}")
+    return StatisticsHeader(**words, seeds=integers("seeds"), sample_shape=integers("sample_shape"))  # type: ignore[arg-type]
