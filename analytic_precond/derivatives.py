@@ -94,7 +94,8 @@ def ode_derivative_difference(
     move = step * (denoised - x)
     ahead = denoiser(x + move, t * math.exp(-step), **condition)
     behind = denoiser(x - move, t * math.exp(step), **condition)
-    return (ahead - behind) / (2 * step)
+    difference: Tensor = (ahead - behind) / (2 * step)
+    return difference
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def estimate_statistics(
         s_method: ``"transport"``, ``"jvp"`` or ``"finite-difference"``.
         seed: Seed of noise and data order; the same seed gives the same numbers. The global RNG is left as it was.
         progress: Show a progress bar.
-        intercept: Regress D on (x, 1) instead of x, so that a mean of the data does not enter g.
+        intercept: Regress D on (x, 1) instead of x, so that a mean of the data does not enter g. It changes ``g_rms``
+            and ``s``; jumps stay ``c_skip x + c_out D``, without an additive term.
         condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments, e.g.
             ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored.
         device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.

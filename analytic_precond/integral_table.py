@@ -2,8 +2,8 @@ r"""Integrals of l and s between any two noise levels, exact to rounding and che
 
 Offline, splines are resampled as polynomials on a fine grid uniform in lambda, so that finding a cell is a
 multiplication. Online, everything is formed relative to the pair (t, s): nothing is exponentiated from lambda_T, and
-the distance ln(t / s) is computed once, from the levels themselves, so that the diagonal costs no digits
-(docs/method.md, section 7).
+the distance ln(t / s) is computed once, from the levels themselves, so that c_out keeps its digits beside the
+diagonal and is exactly 0 on it (docs/method.md, section 7).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ._buffers import FixedPrecisionModule
 from .splines import Array
 
 _CELLS = 512  # 0.02 in lambda each, for the usual range
-_DEGREE = 6  # interpolates exp(h) over a cell to 1e-13
-_MAX_FALL = 60.0  # the running integral keeps 106 bits: e^-60 leaves ten digits
+_DEGREE = 4  # interpolates exp(h) over a cell to 1e-11
+_MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits
 
 
 class PairIntegrals(NamedTuple):
@@ -80,7 +80,9 @@ class IntegralTable(FixedPrecisionModule):
         N = np.pad(density / np.arange(_DEGREE + 1, 0, -1), ((0, 0), (0, 1))) * width / 2
         N[:, -1] = -np.polyval(N.T, -1.0)  # from each cell's noisy end
         values = [np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l(lam), ln_L, ln_S(lam) - h.max())]
-        self.register_buffer("polynomials", torch.from_numpy(np.stack([*values, N], 1)))
+        self.register_buffer(
+            "polynomials", torch.from_numpy(np.stack([*values, N]).transpose(2, 0, 1).copy())
+        )  # power, function, cell
         self.register_buffer("running", torch.from_numpy(_running_sum(np.polyval(N.T, 1.0))))
         self.register_buffer("ends", torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
         self._set_grid()
@@ -101,13 +103,13 @@ class IntegralTable(FixedPrecisionModule):
         position = torch.stack([position_t, position_s])
 
         cell = position.detach().floor().clamp(0, _CELLS - 1).nan_to_num(0)
-        v = (2 * (position - cell) - 1).unsqueeze(-1)
+        v = 2 * (position - cell) - 1
         index = cell.long()
-        coefficients = self.polynomials[index]
-        value = coefficients[..., 0]
-        for power in range(1, coefficients.shape[-1]):  # Horner, elementwise: equal levels give equal bits
-            value = value * v + coefficients[..., power]
-        l, ln_L, ln_S, N = value.unbind(-1)
+        coefficients = self.polynomials[:, :, index]
+        value = coefficients[0]
+        for coefficient in coefficients[1:]:  # Horner, elementwise: equal levels give equal bits
+            value = value * v + coefficient
+        l, ln_L, ln_S, N = value
         high, low = self.running[index].unbind(-1)
 
         delta_N = (high[1] - high[0]) + ((low[1] - low[0]) + (N[1] - N[0]))

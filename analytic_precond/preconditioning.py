@@ -81,7 +81,7 @@ class Preconditioning(FixedPrecisionModule):
 
     Noise levels are floats or floating-point tensors that broadcast against each other, with ``s <= t`` inside the
     preconditioning's range, to float32 rounding. Where looking at the values would stall the device (off the CPU) or
-    break a graph (in torch.compile), levels out of range give NaN instead of an error.
+    break a graph (torch.compile, torch.vmap), levels out of range give NaN instead of an error.
 
     Args:
         sigma_data: Standard deviation of the data, for `on_network`.
@@ -177,18 +177,16 @@ class Preconditioning(FixedPrecisionModule):
         t, s = t.expand(shape), s.expand(shape)
         low, high = self.sigma_min * (1 - _ROUNDING), self.sigma_max * (1 + _ROUNDING)
         valid = (s <= t * (1 + _ROUNDING)) & (s >= low) & (t <= high) & (t > 0)
-        readable = device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable:
-            self._refuse(t, s, valid)
+        if device.type == "cpu" and not torch.compiler.is_compiling() and self._refuse(t, s, valid):
             return self.coefficients(t, s)
         return Scalings(*(torch.where(valid, c, torch.nan) for c in self.coefficients(t, s)))
 
-    def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> None:
-        """Raise for the first jump that is not valid."""
+    def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
+        """Raise for the first jump that is not valid; return whether the values could be read."""
         try:
             all_valid = bool(valid.all())
-        except RuntimeError:  # torch.vmap: values cannot be read
-            return
+        except RuntimeError:  # torch.vmap
+            return False
         if not all_valid:
             index = int((~valid).flatten().nonzero()[0])
             t_bad, s_bad = t.flatten()[index].item(), s.flatten()[index].item()
@@ -196,6 +194,7 @@ class Preconditioning(FixedPrecisionModule):
                 f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
                 f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: noise levels are sigma, not indices."
             )
+        return True
 
 
 class CTMPreconditioning(Preconditioning):
