@@ -9,9 +9,20 @@ from importlib.metadata import version
 from .analytic import AnalyticPreconditioning
 from .estimation import estimate_statistics
 from .exact import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from .hand_crafted import (
+    BCMPreconditioning,
+    CMPreconditioning,
+    FlowMapPreconditioning,
+    LCMPreconditioning,
+    TrigFlowPreconditioning,
+)
+from .initialization import initialize_from_teacher
 from .merging import merge_statistics
+from .noise_conditioning import NOISE_CONDITIONINGS
 from .noise_levels import expand_to, karras_noise_levels, log_noise_levels
+from .plotting import plot_preconditioning, plot_statistics
 from .preconditioning import CTMPreconditioning, DenoiserScalings, EDMPreconditioning, Preconditioning, Scalings
+from .student import ConsistencyModel, ConsistencyTrajectoryModel
 from .teacher import Denoiser
 from .teacher_statistics import StatisticsHeader, TeacherStatistics
 
@@ -37,6 +48,19 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "Scalings",
     "DenoiserScalings",
     "EDMPreconditioning",
+    "CMPreconditioning",
     "CTMPreconditioning",
+    "BCMPreconditioning",
+    "TrigFlowPreconditioning",
+    "LCMPreconditioning",
+    "FlowMapPreconditioning",
     "AnalyticPreconditioning",
+    # students
+    "NOISE_CONDITIONINGS",
+    "ConsistencyModel",
+    "ConsistencyTrajectoryModel",
+    "initialize_from_teacher",
+    # pictures
+    "plot_statistics",
+    "plot_preconditioning",
 ]

@@ -47,9 +47,11 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "{}"))
-            if not isinstance(header, dict) or header.pop("kind", None) != kind:
-                raise ValueError("its header names another kind of file")
-            return header, {name: file.get_tensor(name) for name in file.keys()}
+            found = header.pop("kind", None) if isinstance(header, dict) else None
+            if found != kind:
+                raise ValueError(f"its header says {found!r:.100}, not {kind!r}")
+            # cloned: the file's own tensors are mapped from disk, and change or vanish with it
+            return header, {name: file.get_tensor(name).clone() for name in file.keys()}
     except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
         raise ValueError(
             f"expected a {kind} file as written by save, got {path}, which is not one or is damaged ({error}): "

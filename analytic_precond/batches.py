@@ -45,14 +45,16 @@ def iterate_batches(data: object, num: int, batch_size: int, seed: int) -> Itera
     """
     if isinstance(data, Tensor):
         check_tensor(data, "data")
+        if data.ndim == 0:
+            raise ValueError("data must be a tensor (N, ...), got shape (): add dimensions.")
         source: Iterable[object] = (
             data[torch.from_numpy(i).to(data.device)] for i in _orders(len(data), num, batch_size, seed)
         )
     elif isinstance(data, IterableDataset):
-        source = DataLoader(data, batch_size)
+        source = DataLoader(data, batch_size, collate_fn=_collate)
     elif isinstance(data, Dataset):
         source = (
-            default_collate([data[int(i)] for i in indices])
+            _collate([data[int(i)] for i in indices])
             for indices in _orders(len(data), num, batch_size, seed)  # type: ignore[arg-type]
         )
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | np.ndarray | dict):
@@ -83,7 +85,7 @@ def iterate_batches(data: object, num: int, batch_size: int, seed: int) -> Itera
     warnings.warn(
         f"data ran out after {first} of {num} clean samples: the statistics rest on those. Pass something that can be "
         f"iterated again (a tensor, a Dataset, a DataLoader, a list), or ask for num_samples={2 * first}.",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -126,12 +128,23 @@ def _split(raw: object) -> tuple[Tensor, tuple[Any, ...]]:
     check_tensor(x, "data")
     if x.ndim == 0:
         raise ValueError("data must yield batches of shape (B, ...), got a 0-d tensor.")
+    if x[:1].numel() == 0 and len(x) > 0:
+        raise ValueError(f"data must hold samples with elements, got samples of shape {tuple(x.shape[1:])}.")
     return x, parts[1:]
+
+
+def _collate(samples: list[Any]) -> object:
+    try:
+        return default_collate(samples)
+    except RuntimeError as error:
+        raise ValueError(f"data must hold samples of one shape, got others: resize them first. ({error})") from error
 
 
 def _rows(item: Any, start: int, stop: int, size: int) -> Any:
     """Cut the samples' share out of whatever came with them."""
     if isinstance(item, dict):
         return {key: _rows(value, start, stop, size) for key, value in item.items()}
-    has_rows = (isinstance(item, Tensor) and item.ndim > 0) or isinstance(item, list | tuple)
+    if isinstance(item, list | tuple) and item and all(isinstance(part, Tensor) for part in item):
+        return type(item)(_rows(part, start, stop, size) for part in item)
+    has_rows = isinstance(item, list | tuple) or (isinstance(item, Tensor | np.ndarray) and item.ndim > 0)
     return item[start:stop] if has_rows and len(item) == size else item

@@ -23,7 +23,7 @@ def jvp(
     denoiser: Denoiser, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, condition: Condition
 ) -> tuple[Tensor, Tensor]:
     """Return D(x, t) and its derivative in the direction (dx, dt), by forward mode."""
-    pair = torch.func.jvp(lambda x, t: denoiser(x, t, **condition), (x, t), (dx, dt))
+    pair = torch.func.jvp(lambda x, t: denoiser(x, t, **condition), (x, t), (dx, dt), strict=True)
     return cast("tuple[Tensor, Tensor]", pair)
 
 
@@ -92,7 +92,7 @@ def ode_derivative_difference(
     """
     step = float(torch.finfo(x.dtype).eps) ** (1 / 3)
     move = step * (denoised - x)
-    ahead = denoiser(x + move, t * math.exp(-step), **condition)
+    ahead = denoiser(x + move, t * math.exp(-step), **condition).clone()  # a teacher may reuse its output's memory
     behind = denoiser(x - move, t * math.exp(step), **condition)
     difference: Tensor = (ahead - behind) / (2 * step)
     return difference

@@ -2,7 +2,7 @@ r"""From a teacher and data to `TeacherStatistics`, in one streaming pass (docs/
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -91,19 +91,28 @@ def estimate_statistics(
     check_count(num_samples, 2, "num_samples", "Samples come in pairs x_0 + t n, x_0 - t n.")
     check_count(batch_size, 1, "batch_size")
     check_count(seed, 0, "seed")
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}.")
+    if intercept:
+        check_count(num_samples, 4, "num_samples", "An intercept needs two pairs.")
+    if condition is not None and not callable(condition):
+        raise TypeError(f"condition must be callable, got {type(condition).__name__}: lambda label: {{'name': label}}.")
+    if not isinstance(description, str | None):
+        raise TypeError(f"description must be a str, got {description!r}.")
     check_choice(l_method, L_METHODS, "l_method")
     check_choice(s_method, S_METHODS, "s_method")
     levels = levels.detach().to("cpu", torch.float64)
-    device = torch.device(device) if device is not None else _device_of(denoiser)
+    device = _device_of(denoiser, data) if device is None else torch.device(device)
     num_pairs, num_levels = num_samples // 2, len(levels)
 
+    name = getattr(denoiser, "__qualname__", type(denoiser).__name__) if description is None else description
     measure = Measurement(denoiser, l_method, s_method)
     sums = MomentSums(num_pairs, num_levels)
     centering = Centering(num_pairs, num_levels) if intercept else None
     sample_shape: torch.Size | None = None
     bar = tqdm(
         total=2 * num_pairs * num_levels,
-        desc="teacher statistics",
+        desc=f"statistics of {name}",
         unit=" passes",
         unit_scale=True,
         disable=not progress,
@@ -120,7 +129,7 @@ def estimate_statistics(
                 )
             noise, probes = pair_noise(seed, batch.first, len(x_0), sample_shape, probes=l_method == "hutchinson")
             noise = noise.to(x_0.device, wide_dtype(x_0.device))
-            keywords = _to_device({} if condition is None else dict(condition(*batch.extra)), x_0.device)
+            keywords = {} if condition is None else _keywords(condition(*batch.extra), x_0.device)
 
             rows = []
             for k, t in enumerate(levels.tolist()):
@@ -136,7 +145,6 @@ def estimate_statistics(
 
     assert sample_shape is not None
     means = None if centering is None else centering.close(sums)
-    name = getattr(denoiser, "__qualname__", type(denoiser).__name__) if description is None else description
     header = StatisticsHeader(l_method, s_method, (seed,), tuple(sample_shape), name)
     filled = sums.counts > 0
     return TeacherStatistics(
@@ -164,12 +172,18 @@ def _check_moments(moments: Tensor, levels: Tensor, batch: int) -> None:
         )
 
 
-def _device_of(denoiser: Denoiser) -> torch.device | None:
-    if not isinstance(denoiser, nn.Module):
-        return None
-    tensor = next(denoiser.parameters(), next(denoiser.buffers(), None))
+def _device_of(denoiser: Denoiser, data: object) -> torch.device | None:
+    """The teacher's device if it is a module that has one, else the data's if they are a tensor."""
+    tensor = data if isinstance(data, Tensor) else None
+    if isinstance(denoiser, nn.Module):
+        tensor = next(denoiser.parameters(), next(denoiser.buffers(), tensor))
     return None if tensor is None else tensor.device
 
 
-def _to_device(condition: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _keywords(condition: object, device: torch.device) -> dict[str, Any]:
+    if not isinstance(condition, Mapping):
+        raise TypeError(
+            f"condition must return a dict of the teacher's keyword arguments, got {type(condition).__name__}: "
+            f"lambda label: {{'class_labels': label}}."
+        )
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in condition.items()}

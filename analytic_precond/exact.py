@@ -47,6 +47,7 @@ class GaussianDenoiser(FixedPrecisionModule):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the posterior mean. Shapes: ``x`` (B, ...), ``t`` (B,)."""
+        _check_samples(x, torch.broadcast_shapes(self.variances.shape, self.mean.shape))
         wide = wide_dtype(x.device)
         c, mean = self.variances.to(x.device, wide), self.mean.to(x.device, wide)
         t = expand_to(t, x).to(wide)
@@ -88,7 +89,8 @@ class GaussianMixtureDenoiser(FixedPrecisionModule):
         c = _as_parameter(variances, "variances", nonnegative=True)
         if c.ndim == 1 and c.shape[0] == means.shape[0]:
             c = c.reshape(-1, *[1] * (means.ndim - 1))
-        if c.ndim not in (0, means.ndim) or torch.broadcast_shapes(c.shape, means.shape) != means.shape:
+        same_rank = c.ndim == means.ndim and all(a in (1, b) for a, b in zip(c.shape, means.shape, strict=True))
+        if c.ndim != 0 and not same_rank:
             raise ValueError(
                 f"variances must be a number, of shape ({len(means)},) or broadcast to the means' shape "
                 f"{tuple(means.shape)}, got shape {tuple(c.shape)}."
@@ -102,6 +104,7 @@ class GaussianMixtureDenoiser(FixedPrecisionModule):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the posterior mean. Shapes: ``x`` (B, ...), ``t`` (B,)."""
+        _check_samples(x, self.means.shape[1:])
         wide = wide_dtype(x.device)
         z, t = x.to(wide), expand_to(t, x).to(wide)
 
@@ -154,10 +157,7 @@ class EmpiricalDenoiser(FixedPrecisionModule):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the posterior mean. Shapes: ``x`` (B, ...), ``t`` (B,)."""
-        if x.shape[1:] != self.data.shape[1:]:
-            raise ValueError(
-                f"x must hold samples of the data's shape {tuple(self.data.shape[1:])}, got {tuple(x.shape[1:])}."
-            )
+        _check_samples(x, self.data.shape[1:])
         wide = wide_dtype(x.device)
         inverse_t2 = expand_to(t, x).to(wide).reshape(-1, 1) ** -2
         z = x.to(wide).flatten(1)
@@ -178,6 +178,14 @@ class EmpiricalDenoiser(FixedPrecisionModule):
 
 
 _CHUNK_ELEMENTS = 2**22  # 32 MiB of float64 for each of the chunk's two largest arrays
+
+
+def _check_samples(x: Tensor, shape: torch.Size) -> None:
+    """Refuse samples to which parameters of this shape do not broadcast."""
+    check_tensor(x, "x")
+    sizes = x.shape[1:][max(0, x.ndim - 1 - len(shape)) :]
+    if len(sizes) != len(shape) or any(own not in (1, size) for own, size in zip(shape, sizes, strict=True)):
+        raise ValueError(f"x must hold samples of shape {tuple(shape)}, got x of shape {tuple(x.shape)}.")
 
 
 def _as_parameter(value: Tensor | float, name: str, nonnegative: bool = False) -> Tensor:

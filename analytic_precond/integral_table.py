@@ -71,8 +71,8 @@ class IntegralTable(FixedPrecisionModule):
         fall = float((np.maximum.accumulate(h.ravel()) - h.ravel()).max())
         if not fall <= _MAX_FALL:
             raise ValueError(
-                f"s must not let ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {fall:.4g}: "
-                f"check its sign and scale (it multiplies d lambda, with lambda = -ln t)."
+                f"l and s must not let ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {fall:.4g}: "
+                f"check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
             )
 
         to_coefficients = np.linalg.inv(np.vander(nodes)).T  # highest power first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,8 @@ class Measurement:
     def __init__(self, denoiser: Denoiser, l_method: str, s_method: str) -> None:
         self.denoiser = denoiser
         self.l_method = l_method
-        self.jacobian_form = JacobianForm(denoiser)
+        self.where = ""  # the level and the batch at work, for error messages
+        self.jacobian_form = JacobianForm(self._teacher)
         self.ode_derivative = _ODE_DERIVATIVES.get(s_method)
 
     def __call__(
@@ -45,12 +48,13 @@ class Measurement:
             The pairs' moments, shape ``(B, 7)``, and the features D, x (and y) that they are made of, each of
             shape ``(2, B, d)``; all in the wide dtype.
         """
+        self.where = where
         wide, levels = wide_dtype(x_0.device), x_0.new_full((len(x_0),), t)
         halves = []
         for half, sign in enumerate((1.0, -1.0)):
             x = (x_0 + sign * t * noise).to(x_0.dtype)
             probe = None if probes is None else probes[half].to(x)
-            halves.append(self._half(x, levels, probe, condition, where))
+            halves.append(self._half(x, levels, probe, condition))
         features = [
             torch.stack(parts).reshape(2, len(x_0), -1).to(wide)
             for parts in list(zip(*halves, strict=True))[:-1]
@@ -66,8 +70,23 @@ class Measurement:
             norm = torch.full_like(trace, d)
         return torch.cat([trace[:, None], norm[:, None], inner_products(features)], 1), features
 
+    def _teacher(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
+        """Call the teacher on copies, which it may overwrite, and check what it returns."""
+        denoised = self.denoiser(x.clone(), t.clone(), **condition)
+        if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
+            got = denoised.dtype if isinstance(denoised, Tensor) else type(denoised).__name__
+            raise TypeError(
+                f"the teacher must return a floating-point tensor, got {got} at {self.where}: unwrap its output."
+            )
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"the teacher must return x's shape {tuple(x.shape)}, got {tuple(denoised.shape)} at {self.where}: "
+                f"drop extra channels (a learned variance?) in an adapter."
+            )
+        return denoised
+
     def _half(
-        self, x: Tensor, t: Tensor, probe: Tensor | None, condition: Condition, where: str
+        self, x: Tensor, t: Tensor, probe: Tensor | None, condition: Condition
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Return D, x, dD/dlambda if needed, and the trace estimate (0 for ``stein``, which takes both halves)."""
         trace = torch.zeros(len(x), dtype=wide_dtype(x.device), device=x.device)
@@ -80,18 +99,7 @@ class Measurement:
                 denoised, element = self.jacobian_form(x, t, unit, condition)
                 trace += element
         else:
-            denoised = self.denoiser(x, t, **condition)
-        _check_output(denoised, x, where)
-        y = None if self.ode_derivative is None else self.ode_derivative(self.denoiser, x, t, denoised, condition)
+            denoised = self._teacher(x, t, **condition)
+        denoised = denoised.clone()  # the teacher may reuse its output's memory
+        y = None if self.ode_derivative is None else self.ode_derivative(self._teacher, x, t, denoised, condition)
         return denoised, x, y, trace
-
-
-def _check_output(denoised: object, x: Tensor, where: str) -> None:
-    if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
-        got = denoised.dtype if isinstance(denoised, Tensor) else type(denoised).__name__
-        raise TypeError(f"the teacher must return a floating-point tensor, got {got} at {where}: unwrap its output.")
-    if denoised.shape != x.shape:
-        raise ValueError(
-            f"the teacher must return x's shape {tuple(x.shape)}, got {tuple(denoised.shape)} at {where}: "
-            f"drop extra channels (a learned variance?) in an adapter."
-        )

@@ -22,6 +22,7 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
         Statistics of all samples together.
 
     Raises:
+        TypeError: If a part is not TeacherStatistics.
         ValueError: If there is nothing to merge or the parts do not fit together.
 
     Example:
@@ -32,6 +33,12 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
         >>> merge_statistics([run(0), run(1)]).num_samples
         128
     """
+    kinds = {type(part).__name__ for part in statistics} if isinstance(statistics, Sequence) else {"no list"}
+    if kinds - {"TeacherStatistics"}:
+        raise TypeError(
+            f"statistics must be a list of TeacherStatistics, got {type(statistics).__name__} of {', '.join(kinds)}: "
+            f"load files with TeacherStatistics.load first."
+        )
     if not statistics:
         raise ValueError("statistics must hold at least one TeacherStatistics, got none.")
     first = statistics[0]

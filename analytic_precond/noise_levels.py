@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_noise_level, check_positive
+from ._checks import check_count, check_levels, check_noise_level, check_positive
 
 
 def karras_noise_levels(num: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -100,6 +100,7 @@ def _check_range(num: int, sigma_min: float, sigma_max: float) -> None:
 
 
 def _pin_ends(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
-    """Undo the last bit of rounding at the ends, which users compare with."""
+    """Undo the last bit of rounding at the ends, which users compare with, and refuse levels that float64 merges."""
     levels[0], levels[-1] = sigma_max, sigma_min
+    check_levels(levels, "the grid")
     return levels

@@ -67,13 +67,13 @@ class EDMPreconditioning:
         self.sigma_data = float(sigma_data)
 
     def __call__(self, t: Tensor) -> DenoiserScalings:
-        """Return the four coefficients at noise levels ``t``, in its shape and dtype."""
+        """Return the four coefficients at noise levels ``t``, in its shape and dtype (at least float32)."""
         check_tensor(t, "t")
         wide = t.to(wide_dtype(t.device))
         total = wide**2 + self.sigma_data**2
         c_in = total.rsqrt()
         scalings = (self.sigma_data**2 / total, wide * self.sigma_data * c_in, c_in, wide.log() / 4)
-        return DenoiserScalings(*(c.to(t.dtype) for c in scalings))
+        return DenoiserScalings(*(c.to(torch.promote_types(t.dtype, torch.float32)) for c in scalings))
 
 
 class Preconditioning(FixedPrecisionModule):
@@ -150,8 +150,11 @@ class Preconditioning(FixedPrecisionModule):
             The data at level ``s``, in the wider of the two tensors' dtypes. Shape of ``x_t``.
 
         Raises:
+            TypeError: If an argument is not a floating-point tensor.
             ValueError: If the shapes do not fit.
         """
+        check_tensor(x_t, "x_t")
+        check_tensor(denoised, "denoised")
         if denoised.shape != x_t.shape:
             raise ValueError(f"denoised must have x_t's shape {tuple(x_t.shape)}, got {tuple(denoised.shape)}.")
         dtype = torch.promote_types(x_t.dtype, denoised.dtype)
@@ -173,7 +176,10 @@ class Preconditioning(FixedPrecisionModule):
         device = torch.get_default_device() if device is None else device
         dtype = wide_dtype(device)
         t, s = (torch.as_tensor(v, dtype=dtype, device=device) for v in (t, s))
-        shape = torch.broadcast_shapes(t.shape, s.shape)
+        try:
+            shape = torch.broadcast_shapes(t.shape, s.shape)
+        except RuntimeError as error:
+            raise ValueError(f"t and s must broadcast, got shapes {tuple(t.shape)} and {tuple(s.shape)}.") from error
         t, s = t.expand(shape), s.expand(shape)
         low, high = self.sigma_min * (1 - _ROUNDING), self.sigma_max * (1 + _ROUNDING)
         valid = (s <= t * (1 + _ROUNDING)) & (s >= low) & (t <= high) & (t > 0)

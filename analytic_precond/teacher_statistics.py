@@ -6,6 +6,7 @@ student needs of its teacher.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import splines
@@ -24,7 +26,9 @@ L_METHODS = ("stein", "hutchinson", "exact")
 S_METHODS = ("transport", "jvp", "finite-difference")
 
 _KIND = "TeacherStatistics 1"  # what the file is, and the version of its layout
-_UNRESOLVED = 1e-7  # a remainder below this fraction of D's RMS is rounding
+# fractions of D's RMS: below the first a remainder is rounding, below the second it may be rounding's effect on l
+_ROUNDING = 1e-7
+_ROUNDING_OF_L = 1e-5
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class StatisticsHeader:
     @property
     def sample_size(self) -> int:
         """Number of elements d of one sample."""
-        return int(np.prod(self.sample_shape, dtype=np.int64))
+        return math.prod(self.sample_shape)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TeacherStatistics:
     r"""Coefficients of a teacher on a grid of noise levels. Made by `estimate_statistics` or `TeacherStatistics.load`.
 
@@ -80,10 +84,14 @@ class TeacherStatistics:
 
     def __post_init__(self) -> None:
         """Check the parts against each other, wherever they come from."""
+        if not 0 < self.header.sample_size < 2**60:
+            raise ValueError(f"sample_shape must hold some elements, got {self.header.sample_shape}.")
+        if self.levels.dtype != torch.float64:
+            raise ValueError(f"levels must be float64, got {self.levels.dtype}.")
         check_levels(self.levels)
         check_choice(self.header.l_method, L_METHODS, "l_method")
         check_choice(self.header.s_method, S_METHODS, "s_method")
-        groups, shape = len(self.counts), self.header.sample_shape
+        groups, shape = self.counts.numel(), self.header.sample_shape
         expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
             ("levels", self.levels, (len(self.levels),)),
             ("counts", self.counts, (groups,)),
@@ -99,8 +107,19 @@ class TeacherStatistics:
                 got = "nothing" if part is None else f"{part.dtype} of shape {tuple(part.shape)}"
                 raise ValueError(f"{name} must be float64 of shape {part_shape}, got {got}.")
             check_finite(part, name)
-        if groups == 0 or not bool((self.counts >= 1).all()) or not bool((self.sums[..., 1] > 0).all()):
-            raise ValueError("counts and probe norms must be positive: these sums hold no samples.")
+        whole = (self.counts >= 1) & (self.counts < 2**53) & (self.counts == self.counts.round())
+        if groups == 0 or not bool(whole.all()):
+            raise ValueError(f"counts must be positive whole numbers, got {self.counts[~whole].tolist()}.")
+        if not bool((self.sums[..., 1] > 0).all()):
+            raise ValueError("probe norms must be positive: these sums hold no samples.")
+
+    def __repr__(self) -> str:
+        """Say what they are statistics of, not all their numbers."""
+        header, levels = self.header, self.levels
+        return (
+            f"TeacherStatistics({header.description!r}, {len(levels)} levels from {levels[0]:g} to {levels[-1]:g}, "
+            f"{self.num_samples} samples, {header.l_method} + {header.s_method})"
+        )
 
     @property
     def num_samples(self) -> int:
@@ -146,17 +165,27 @@ class TeacherStatistics:
 
     @cached_property
     def _estimates(self) -> tuple[Tensor, ...]:
-        pairs = jackknife(self.counts.numpy(), self.sums.numpy(), self._coefficients)
+        counts, sums = self.counts.numpy(), self.sums.numpy()
+        linear = jackknife(counts, sums, lambda means: (means[..., 0] / means[..., 1],))
+        resolved = self._resolved(sums.sum(0) / counts.sum(), *linear[0])
+        pairs = linear + jackknife(counts, sums, lambda means: self._scales(means, resolved))
         return tuple(torch.from_numpy(np.ascontiguousarray(v)) for pair in pairs for v in pair)
 
-    def _coefficients(self, means: Array) -> tuple[Array, Array, Array]:
-        """Return l, g_rms and s from mean moments. Shapes: ``(R, K, 7)`` to ``(R, K)`` each."""
+    def _resolved(self, means: Array, l: Array, l_stderr: Array) -> NDArray[np.bool_]:
+        """Tell where the remainder is more than rounding of D, or of D's differences, which move l. Shape (K,)."""
+        _, _, DD, Dx, xx, _, _ = np.moveaxis(means, -1, 0)
+        gg = DD - 2 * l * Dx + l**2 * xx
+        from_l = np.where(np.isfinite(l_stderr), 5 * l_stderr, 0) ** 2 * xx
+        resolved: NDArray[np.bool_] = (gg > _ROUNDING**2 * DD) & ((gg > from_l) | (gg > _ROUNDING_OF_L**2 * DD))
+        return resolved
+
+    def _scales(self, means: Array, resolved: NDArray[np.bool_]) -> tuple[Array, Array]:
+        """Return g_rms and s from mean moments, 0 where g is not resolved. Shapes: ``(R, K, 7)`` to ``(R, K)``."""
         levels = self.levels.numpy()
         trace, norm, DD, Dx, xx, Dy, xy = np.moveaxis(means, -1, 0)
         l = trace / norm
-        gg = DD - 2 * l * Dx + l**2 * xx
-        resolved = gg > _UNRESOLVED**2 * DD
-        g_rms = np.sqrt(np.where(resolved, gg, 0) / self.header.sample_size)
+        gg = np.where(resolved, DD - 2 * l * Dx + l**2 * xx, 0).clip(min=0)
+        g_rms = np.sqrt(gg / self.header.sample_size)
 
         if self.header.s_method == "transport":
             s = splines.derivative(levels, splines.log_scale(levels, g_rms))
@@ -164,8 +193,8 @@ class TeacherStatistics:
             # dg/dlambda = y - l' x - l (D - x), y the derivative of D along the ODE
             dl = splines.derivative(levels, l)
             g_dg = Dy - dl * Dx - l * (DD - Dx) - l * xy + l * dl * xx + l**2 * (Dx - xx)
-            s = g_dg / np.where(resolved, gg, 1)
-        return l, g_rms, np.where(resolved, s, 0)
+            s = g_dg / np.where(gg > 0, gg, 1)
+        return g_rms, np.where(resolved, s, 0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the statistics as a safetensors file, atomically: an existing file is replaced whole or not at all.
@@ -193,12 +222,15 @@ class TeacherStatistics:
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file is anything but undamaged statistics.
+            ValueError: If the file is anything but a whole file of consistent statistics.
         """
         header, tensors = read_tensors(path, _KIND)
         try:
-            return cls(**_required(tensors), header=_header_from(header))
-        except (ValueError, TypeError) as error:
+            statistics = cls(**_required(tensors), header=_header_from(header))
+            with np.errstate(all="raise", under="ignore"):
+                statistics._estimates  # noqa: B018 - sums that no samples have would overflow here
+            return statistics
+        except (ValueError, TypeError, FloatingPointError) as error:
             raise ValueError(f"expected statistics in {path}, got parts that do not fit: {error}") from error
 
 

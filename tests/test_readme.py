@@ -48,4 +48,5 @@ def test_public_names_are_documented_and_exist() -> None:
 
     assert len(set(ap.__all__)) == len(ap.__all__)
     for name in ap.__all__:
-        assert (getattr(ap, name).__doc__ or "").strip(), name
+        value = getattr(ap, name)
+        assert not callable(value) or (value.__doc__ or "").strip(), name

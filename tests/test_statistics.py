@@ -78,15 +78,19 @@ def test_standard_errors_are_calibrated(l_method: str, s_method: str, intercept:
     assert (coverage <= 0.99).all(), coverage.max(1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize(("l_method", "s_method"), METHOD_PAIRS)
-def test_isotropic_gaussian_has_no_remainder(l_method: str, s_method: str, intercept: bool) -> None:
-    data = 0.5 * torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_isotropic_gaussian_has_no_remainder(l_method: str, s_method: str, intercept: bool, dtype: torch.dtype) -> None:
+    data = 0.5 * torch.randn(64, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
     levels = ap.log_noise_levels(20)
     stats = ap.estimate_statistics(
         ap.GaussianDenoiser(0.25), data, levels, 64, 64, l_method, s_method, intercept=intercept, progress=False
     )
-    torch.testing.assert_close(stats.l, 0.25 / (0.25 + levels**2), rtol=1e-9, atol=0)
+    # float32: rounding of D over the probe 2 t n, at t = 0.002
+    torch.testing.assert_close(
+        stats.l, 0.25 / (0.25 + levels**2), rtol=1e-9 if dtype == torch.float64 else 1e-5, atol=0
+    )
     zero = torch.zeros(20, dtype=torch.float64)
     for name in ("g_rms", "s", "g_rms_stderr", "s_stderr"):
         assert torch.equal(getattr(stats, name), zero), name

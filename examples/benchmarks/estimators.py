@@ -1,15 +1,13 @@
 """Speed and memory of the estimators, on the quickstart's network and patches.
 
-Ratios within one run: the variants take turns, medians are compared. Memory is the peak resident size of a process of
-its own, above that of a process that only loads everything.
+Ratios within one run: the variants take turns, medians are compared. Memory is the peak above the process before.
 
     python examples/benchmarks/estimators.py
 """
 
 import argparse
-import resource
+import gc
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,10 +23,8 @@ VARIANTS = {"stein + transport": ("stein", "transport"), "hutchinson + jvp": ("h
 LEVELS = ap.log_noise_levels(12)
 
 
-def compare_speed(samples: int, rounds: int) -> None:
+def compare_speed(teacher: ap.Denoiser, patches: torch.Tensor, samples: int, rounds: int) -> None:
     """Print wall time at equal samples, and what it becomes at equal standard error of l."""
-    patches = load_patches()
-    teacher = train_teacher(patches, patches.std().item(), steps=200).requires_grad_(False)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
     variance: dict[str, list[torch.Tensor]] = {name: [] for name in VARIANTS}
     for seed in range(rounds):
@@ -50,19 +46,20 @@ def compare_speed(samples: int, rounds: int) -> None:
         print(f"    t = {t:8.4g}: {equal_samples / factor:7.2f}  (variance ratio {factor:.2f})")
 
 
-def peak_memory(samples: int) -> float:
-    """Return the peak resident size in MiB of a process that estimates with so many samples."""
-    code = [sys.executable, __file__, "--only-estimate", str(samples)]
-    return float(subprocess.run(code, check=True, capture_output=True, text=True).stdout)
-
-
-def only_estimate(samples: int) -> None:
-    """Estimate on an untrained network and print the peak resident size in MiB."""
-    patches = load_patches()
-    teacher = train_teacher(patches, 0.5, steps=1, batch_size=2)
-    if samples:
+def compare_memory(teacher: ap.Denoiser, patches: torch.Tensor) -> None:
+    """Print the estimator's peak memory for two sample counts (reads Linux's own peak counter)."""
+    print("peak memory of the estimator above the process before it:")
+    for samples in (512, 512, 5120):  # the first warms up allocators
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # start the peak counter anew
+        before = _status("VmRSS")
         ap.estimate_statistics(teacher, patches, LEVELS, samples, 128, progress=False)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(f"  {samples:5d} samples: {(_status('VmHWM') - before) / 1024:6.1f} MiB")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
 def main() -> None:
@@ -70,17 +67,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only-estimate", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if arguments.only_estimate is not None:
-        only_estimate(arguments.only_estimate)
-        return
-    compare_speed(arguments.samples, arguments.rounds)
-    base = peak_memory(0)
-    print("peak memory above a process that does not estimate:")
-    for samples in (512, 5120):
-        print(f"  {samples:5d} samples: {peak_memory(samples) - base:6.1f} MiB")
+    patches = load_patches()
+    teacher = train_teacher(patches, patches.std().item(), steps=200).requires_grad_(False)
+    compare_memory(teacher, patches)
+    compare_speed(teacher, patches, arguments.samples, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,186 @@
+r"""Students: a network, EDM's scalings around it, and a preconditioning that makes jumps of the denoiser.
+
+$$D_\theta = c^{EDM}_{skip}\, x + c^{EDM}_{out}\, F(c^{EDM}_{in}\, x, c_{noise}), \qquad
+  x_s = c_{skip}(t, s)\, x_t + c_{out}(t, s)\, D_\theta$$
+
+The network is called in its own dtype, but is told the noise levels in float32 or wider: half precision cannot tell
+neighbouring levels apart. Coefficients are computed in float64 and cast once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._checks import check_noise_level, check_positive
+from .noise_levels import expand_to
+from .preconditioning import EDMPreconditioning, Preconditioning
+
+NoiseConditioning = Callable[[Tensor], Tensor]
+
+
+class Student(nn.Module):
+    """What all students share: the denoiser around the network.
+
+    Args:
+        network: The raw network F.
+        precond: The jump's preconditioning on the denoiser.
+        sigma_data: Standard deviation of the data.
+        noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If ``sigma_data`` is not positive.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        precond: Preconditioning,
+        sigma_data: float = 0.5,
+        noise_conditioning: NoiseConditioning | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(network):
+            raise TypeError(f"network must be callable, got {type(network).__name__}: pass an nn.Module.")
+        if not isinstance(precond, Preconditioning):
+            raise TypeError(
+                f"precond must be a Preconditioning, got {type(precond).__name__}: for example "
+                f"AnalyticPreconditioning(statistics) or CTMPreconditioning()."
+            )
+        self.network = network
+        self.precond = precond
+        self.edm = EDMPreconditioning(sigma_data)
+        self.noise_conditioning = noise_conditioning
+
+    def _denoiser(self, x: Tensor, *levels: Tensor | float, **condition: Any) -> Tensor:
+        """Return D for one or two levels, the first of them x's own, in float32 or wider."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        per_sample = [self._per_sample(level, x, wide) for level in levels]
+        edm = self.edm(per_sample[0])
+        c_skip, c_out, c_in = (expand_to(c, x).to(wide) for c in edm[:3])
+        c_noise = [edm.c_noise if i == 0 else self.edm(t).c_noise for i, t in enumerate(per_sample)]
+        if self.noise_conditioning is not None:
+            c_noise = [self.noise_conditioning(t) for t in per_sample]
+
+        output = self.network((c_in * x).to(self._network_dtype(x.dtype)), *c_noise, **condition)
+        if output.shape != x.shape:
+            raise ValueError(
+                f"the network must return x's shape {tuple(x.shape)}, got {tuple(output.shape)}: drop extra channels, "
+                f"and unwrap output objects, in an adapter around it."
+            )
+        return c_skip * x + c_out * output
+
+    @staticmethod
+    def _per_sample(level: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
+        level = torch.as_tensor(level, dtype=dtype, device=x.device) if isinstance(level, float) else level
+        check_noise_level(level, x)
+        return level.to(torch.promote_types(level.dtype, torch.float32)).reshape(-1).expand(x.shape[0])
+
+    def _network_dtype(self, default: torch.dtype) -> torch.dtype:
+        """The network's dtype, for a network that was cast to half precision; autocast does its own casts."""
+        if not isinstance(self.network, nn.Module):
+            return default
+        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), default)
+
+
+class ConsistencyTrajectoryModel(Student):
+    r"""A student that jumps from any noise level to any lower one.
+
+    The network is called as ``network(c_in * x, c_noise_t, c_noise_s, **condition)`` and returns ``x``'s shape.
+
+    Args:
+        network: The raw network F.
+        precond: The jump's preconditioning on the denoiser.
+        sigma_data: Standard deviation of the data.
+        noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If ``sigma_data`` is not positive.
+
+    Example:
+        >>> from analytic_precond import CTMPreconditioning
+        >>> student = ConsistencyTrajectoryModel(lambda x, c_t, c_s: 0 * x, CTMPreconditioning())
+        >>> student(torch.ones(1, 2), torch.tensor([0.5]), torch.tensor([0.25]))  # s/t x + (1 - s/t) x / 2
+        tensor([[0.7500, 0.7500]])
+    """
+
+    def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
+        """Jump from ``t`` to ``s`` in one call of the network.
+
+        Args:
+            x_t: Noisy data. Shape ``(B, ...)``.
+            t: Noise levels of ``x_t``. Shape ``(B,)``, or one for all.
+            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
+            **condition: Handed to the network.
+
+        Returns:
+            The data at noise level ``s``. Shape and dtype of ``x_t``.
+
+        Raises:
+            TypeError: If ``s`` is missing.
+        """
+        if s is None:
+            raise TypeError("expected a target noise level s, got none: call student(x_t, t, s), or student.denoise.")
+        return self.precond.jump(x_t, self._denoiser(x_t, t, s, **condition), t, s).to(x_t.dtype)
+
+    def denoise(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
+        """Return the denoiser that the student contains: its answer for s = t. Shape and dtype of ``x_t``."""
+        return self._denoiser(x_t, t, t, **condition).to(x_t.dtype)
+
+
+class ConsistencyModel(Student):
+    r"""A student that jumps from any noise level to the cleanest one, ``sigma_min``.
+
+    The network is called as ``network(c_in * x, c_noise_t, **condition)`` and returns ``x``'s shape.
+
+    Args:
+        network: The raw network F.
+        precond: The jump's preconditioning on the denoiser.
+        sigma_data: Standard deviation of the data.
+        sigma_min: The level that all jumps reach.
+        noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is not positive.
+
+    Example:
+        >>> from analytic_precond import CTMPreconditioning
+        >>> model = ConsistencyModel(lambda x, c_t: 0 * x, CTMPreconditioning(), sigma_min=0.125)
+        >>> model(torch.ones(1, 2), torch.tensor([0.5]))  # s/t x + (1 - s/t) x / 2
+        tensor([[0.6250, 0.6250]])
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Tensor],
+        precond: Preconditioning,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        noise_conditioning: NoiseConditioning | None = None,
+    ) -> None:
+        super().__init__(network, precond, sigma_data, noise_conditioning)
+        check_positive(sigma_min, "sigma_min")
+        self.sigma_min = float(sigma_min)
+
+    def forward(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
+        """Jump from ``t`` to ``sigma_min`` in one call of the network.
+
+        Args:
+            x_t: Noisy data. Shape ``(B, ...)``.
+            t: Noise levels of ``x_t``. Shape ``(B,)``, or one for all.
+            **condition: Handed to the network.
+
+        Returns:
+            The data at noise level ``sigma_min``. Shape and dtype of ``x_t``.
+        """
+        return self.precond.jump(x_t, self._denoiser(x_t, t, **condition), t, self.sigma_min).to(x_t.dtype)
+
+    def denoise(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
+        """Return the denoiser that the student contains. Shape and dtype of ``x_t``."""
+        return self._denoiser(x_t, t, **condition).to(x_t.dtype)
