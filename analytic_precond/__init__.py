@@ -6,9 +6,12 @@ student -> loss, sampler.
 
 from importlib.metadata import version
 
+from .adapters import denoiser_from_edm, denoiser_from_network
 from .analytic import AnalyticPreconditioning
+from .diffusers_adapter import denoiser_from_diffusers
 from .estimation import estimate_statistics
 from .exact import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from .guidance import guide
 from .hand_crafted import (
     BCMPreconditioning,
     CMPreconditioning,
@@ -22,9 +25,11 @@ from .noise_conditioning import NOISE_CONDITIONINGS
 from .noise_levels import expand_to, karras_noise_levels, log_noise_levels
 from .plotting import plot_preconditioning, plot_statistics
 from .preconditioning import CTMPreconditioning, DenoiserScalings, EDMPreconditioning, Preconditioning, Scalings
+from .schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
 from .student import ConsistencyModel, ConsistencyTrajectoryModel
 from .teacher import Denoiser
 from .teacher_statistics import StatisticsHeader, TeacherStatistics
+from .vp_schedules import VPCosineSchedule, VPDiscreteSchedule, VPLinearSchedule
 
 __version__ = version("analytic-precond")
 
@@ -38,6 +43,18 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "GaussianDenoiser",
     "GaussianMixtureDenoiser",
     "EmpiricalDenoiser",
+    "denoiser_from_edm",
+    "denoiser_from_network",
+    "denoiser_from_diffusers",
+    "guide",
+    # noise schedules of teachers
+    "Schedule",
+    "EDMSchedule",
+    "VPLinearSchedule",
+    "VPCosineSchedule",
+    "VPDiscreteSchedule",
+    "RectifiedFlowSchedule",
+    "TrigFlowSchedule",
     # statistics
     "estimate_statistics",
     "TeacherStatistics",
