@@ -142,12 +142,12 @@ class ConsistencyModel(Student):
         network: The raw network F.
         precond: The jump's preconditioning on the denoiser.
         sigma_data: Standard deviation of the data.
-        sigma_min: The level that all jumps reach.
+        sigma_min: The level that all jumps reach; 0 where the preconditioning reaches it.
         noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a number is not positive.
+        ValueError: If a number is out of range.
 
     Example:
         >>> from analytic_precond import CTMPreconditioning
@@ -165,7 +165,8 @@ class ConsistencyModel(Student):
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
         super().__init__(network, precond, sigma_data, noise_conditioning)
-        check_positive(sigma_min, "sigma_min")
+        if sigma_min != 0:  # which ECT's training jumps reach
+            check_positive(sigma_min, "sigma_min")
         self.sigma_min = float(sigma_min)
 
     def forward(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:

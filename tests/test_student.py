@@ -188,7 +188,7 @@ def test_initialization_refuses_and_changes_nothing() -> None:
          r"network must return x's shape \(4, 3, 8, 8\), got \(4, 1, 8, 8\)"),
         (lambda s, x, t: ap.ConsistencyTrajectoryModel(s.network, "ctm"), TypeError, r"got str"),
         (lambda s, x, t: ap.ConsistencyModel(3, s.precond), TypeError, r"got int"),
-        (lambda s, x, t: ap.ConsistencyModel(s.network, s.precond, sigma_min=0.0), ValueError, r"sigma_min"),
+        (lambda s, x, t: ap.ConsistencyModel(s.network, s.precond, sigma_min=-0.1), ValueError, r"sigma_min"),
     ],
 )  # fmt: skip
 def test_bad_input(call: Callable[..., object], error: type[Exception], message: str) -> None:
