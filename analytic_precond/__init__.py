@@ -25,6 +25,7 @@ from .noise_conditioning import NOISE_CONDITIONINGS
 from .noise_levels import expand_to, karras_noise_levels, log_noise_levels
 from .plotting import plot_preconditioning, plot_statistics
 from .preconditioning import CTMPreconditioning, DenoiserScalings, EDMPreconditioning, Preconditioning, Scalings
+from .presets import PAPER_EXPERIMENTS, PRESETS, PaperExperiment, Preset, paper_experiment, preset
 from .schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
 from .student import ConsistencyModel, ConsistencyTrajectoryModel
 from .teacher import Denoiser
@@ -77,6 +78,13 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "ConsistencyModel",
     "ConsistencyTrajectoryModel",
     "initialize_from_teacher",
+    # settings of published codes and of the paper
+    "Preset",
+    "PRESETS",
+    "preset",
+    "PaperExperiment",
+    "PAPER_EXPERIMENTS",
+    "paper_experiment",
     # pictures
     "plot_statistics",
     "plot_preconditioning",
