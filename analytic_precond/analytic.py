@@ -122,8 +122,8 @@ class AnalyticPreconditioning(Preconditioning):
         elif not isinstance(theta, int | float) or not 0 <= theta <= 1:
             raise ValueError(f"theta must be a number from 0 (forward) to 1 (backward), got {theta!r}.")
         super().__init__(sigma_data)
-        self.integrals = IntegralTable(float(levels[0]), float(levels[-1]), splines.spline(levels, l), ln_S)
-        self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64))
+        self.integrals = IntegralTable(float(levels[0]), float(levels[-1]), splines.linear_coefficient(levels, l), ln_S)
+        self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64, device="cpu"))
         self._check_denominator(levels)
 
     @property

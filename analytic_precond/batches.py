@@ -53,10 +53,9 @@ def iterate_batches(data: object, num: int, batch_size: int, seed: int) -> Itera
     elif isinstance(data, IterableDataset):
         source = DataLoader(data, batch_size, collate_fn=_collate)
     elif isinstance(data, Dataset):
-        source = (
-            _collate([data[int(i)] for i in indices])
-            for indices in _orders(len(data), num, batch_size, seed)  # type: ignore[arg-type]
-        )
+        if not hasattr(data, "__len__"):
+            raise TypeError(f"data must be a Dataset with a length, got {type(data).__name__} without __len__: add it.")
+        source = (_collate([data[int(i)] for i in indices]) for indices in _orders(len(data), num, batch_size, seed))
     elif isinstance(data, Iterable) and not isinstance(data, str | bytes | np.ndarray | dict):
         source = data
     else:

@@ -49,6 +49,29 @@ class JacobianForm:
                 raise
             except RuntimeError:  # NotImplementedError is one
                 self.forward_mode = False
+                self._check_reverse_mode(x, t, v, condition)
+        return self._by_vjp(x, t, v, condition)
+
+    def _check_reverse_mode(self, x: Tensor, t: Tensor, v: Tensor, condition: Condition) -> None:
+        """Refuse a teacher that hides part of itself from autograd: compare once with a central difference.
+
+        Raises:
+            RuntimeError: If the two disagree.
+        """
+        eps = float(torch.finfo(x.dtype).eps)
+        step = eps ** (1 / 3) * t.reshape(-1, *[1] * (x.ndim - 1))
+        ahead = self.denoiser(x + step * v, t, **condition).clone()
+        difference = (ahead - self.denoiser(x - step * v, t, **condition)) / (2 * step)
+        numeric, reverse = _inner(v, difference).sum(), self._by_vjp(x, t, v, condition)[1].sum()
+        rounding = 10 * eps * _inner(v.abs(), (ahead / step).abs()).sum()
+        # half of the value is far above the difference's own error, and far below what a hidden network leaves
+        if not bool((reverse - numeric).abs() <= 0.5 * numeric.abs() + rounding):
+            raise RuntimeError(
+                f"expected gradients through the whole teacher, got v J v = {reverse.item():.4g} by autograd "
+                f"but {numeric.item():.4g} by differences: remove torch.no_grad or detach inside it, or use l_method='stein'."
+            )
+
+    def _by_vjp(self, x: Tensor, t: Tensor, v: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             denoised = self.denoiser(x, t, **condition)

@@ -51,7 +51,7 @@ def estimate_statistics(
 
     Args:
         denoiser: The teacher, in eval mode: called as ``denoiser(x, t, **condition)`` with ``x`` of shape ``(B, ...)``
-            in the data's dtype, ``t`` of shape ``(B,)``. Its parameters need no gradients.
+            in the data's dtype (float32 at least), ``t`` of shape ``(B,)``. Its parameters need no gradients.
         data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset, a DataLoader or an iterable of
             batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
         levels: Decreasing noise levels, shape ``(K,)``. Default: `log_noise_levels` (120 from 80 to 0.002).
@@ -121,6 +121,7 @@ def estimate_statistics(
         torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles
         for number, batch in enumerate(iterate_batches(data, num_pairs, batch_size, seed)):
             x_0 = batch.x if device is None else batch.x.to(device)
+            x_0 = x_0.to(torch.promote_types(x_0.dtype, torch.float32))  # half precision cannot hold x_0 + 0.002 n
             sample_shape = x_0.shape[1:] if sample_shape is None else sample_shape
             if x_0.shape[1:] != sample_shape:
                 raise ValueError(

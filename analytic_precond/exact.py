@@ -143,6 +143,7 @@ class EmpiricalDenoiser(FixedPrecisionModule):
     """
 
     data: Tensor
+    center: Tensor
     half_squares: Tensor
 
     def __init__(self, data: Tensor) -> None:
@@ -152,7 +153,9 @@ class EmpiricalDenoiser(FixedPrecisionModule):
             raise ValueError(f"data must have shape (N, ...) with N >= 1 points, got {tuple(data.shape)}.")
         check_finite(data, "data")
         self.register_buffer("data", data.detach().clone())
-        squares = [0.5 * y.to(wide_dtype(y.device)).square().sum() for y in data]
+        wide = wide_dtype(data.device)
+        self.register_buffer("center", data.detach().to(wide).mean(0))  # near 0 the squares below cancel least
+        squares = [0.5 * (y.to(wide) - self.center).square().sum() for y in data]
         self.register_buffer("half_squares", torch.stack(squares))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -160,21 +163,22 @@ class EmpiricalDenoiser(FixedPrecisionModule):
         _check_samples(x, self.data.shape[1:])
         wide = wide_dtype(x.device)
         inverse_t2 = expand_to(t, x).to(wide).reshape(-1, 1) ** -2
-        z = x.to(wide).flatten(1)
+        center = self.center.to(x.device, wide)
+        z = (x.to(wide) - center).flatten(1)
 
         # softmax over chunks of points: running largest exponent, sum of weights, weighted sum of points
         top = z.new_full((len(z), 1), float("-inf"))
         weight_sum, weighted = torch.zeros_like(top), torch.zeros_like(z)
         chunk = max(1, _CHUNK_ELEMENTS // max(len(z), z.shape[1]))
         for points, half_squares in zip(self.data.split(chunk), self.half_squares.split(chunk), strict=True):
-            y = points.to(x.device, wide).flatten(1)
+            y = (points.to(x.device, wide) - center).flatten(1)
             exponent = (z @ y.T - half_squares.to(x.device, wide)) * inverse_t2
             new_top = torch.maximum(top, exponent.detach().amax(1, keepdim=True))
             decay, weight = (top - new_top).exp(), (exponent - new_top).exp()
             weight_sum = weight_sum * decay + weight.sum(1, keepdim=True)
             weighted = weighted * decay + weight @ y
             top = new_top
-        return (weighted / weight_sum).reshape(x.shape).to(x.dtype)
+        return (center + (weighted / weight_sum).reshape(x.shape)).to(x.dtype)
 
 
 _CHUNK_ELEMENTS = 2**22  # 32 MiB of float64 for each of the chunk's two largest arrays

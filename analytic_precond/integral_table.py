@@ -9,6 +9,7 @@ diagonal and is exactly 0 on it (docs/method.md, section 7).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +19,12 @@ from torch import Tensor
 from ._buffers import FixedPrecisionModule
 from .splines import Array
 
+Function = Callable[[Array], Array]
+
 _CELLS = 512  # 0.02 in lambda each, for the usual range
 _DEGREE = 4  # interpolates exp(h) over a cell to 1e-11
 _MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits
+_MAX_SPAN = 600.0  # float64 ends at e^709
 
 
 class PairIntegrals(NamedTuple):
@@ -47,8 +51,8 @@ class IntegralTable(FixedPrecisionModule):
     Args:
         sigma_max: Noisiest level.
         sigma_min: Cleanest level.
-        l: l as a scipy spline in lambda.
-        ln_S: ln S as a scipy spline in lambda, up to a constant.
+        l: l as a function of lambda.
+        ln_S: ln S as a function of lambda, up to a constant.
 
     Raises:
         ValueError: If ln(L S) falls so far that the running integral would lose its digits.
@@ -58,33 +62,33 @@ class IntegralTable(FixedPrecisionModule):
     running: Tensor
     ends: Tensor
 
-    def __init__(self, sigma_max: float, sigma_min: float, l: Any, ln_S: Any) -> None:
+    def __init__(self, sigma_max: float, sigma_min: float, l: Function, ln_S: Function) -> None:
         super().__init__()
         lam_T, lam_eps = -math.log(sigma_max), -math.log(sigma_min)
         width = (lam_eps - lam_T) / _CELLS
         nodes = -np.cos(np.pi * np.arange(_DEGREE + 1) / _DEGREE)  # Chebyshev: the ends included, so cells join
         lam = lam_T + width * (np.arange(_CELLS)[:, None] + (1 + nodes) / 2)
 
-        integral_of_l = l.antiderivative()
-        ln_L = (lam - lam_T) - (integral_of_l(lam) - integral_of_l(lam_T))
-        h = ln_L + ln_S(lam)
+        to_coefficients = np.linalg.inv(np.vander(nodes)).T  # highest power first
+
+        ln_L = _integrate((1 - l(lam)) @ to_coefficients, width)
+        ln_L[1:, -1] += _values(ln_L, np.ones(1))[:-1, 0].cumsum()
+        h = _values(ln_L, nodes) + ln_S(lam)
         fall = float((np.maximum.accumulate(h.ravel()) - h.ravel()).max())
-        if not fall <= _MAX_FALL:
+        if not (fall <= _MAX_FALL and np.ptp(h) <= _MAX_SPAN):
             raise ValueError(
-                f"l and s must not let ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {fall:.4g}: "
+                f"l and s must not let ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {fall:.4g}, nor "
+                f"span more than {_MAX_SPAN:g}, got {np.ptp(h):.4g}: "
                 f"check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
             )
 
-        to_coefficients = np.linalg.inv(np.vander(nodes)).T  # highest power first
-        density = np.exp(h - h.max()) @ to_coefficients
-        N = np.pad(density / np.arange(_DEGREE + 1, 0, -1), ((0, 0), (0, 1))) * width / 2
-        N[:, -1] = -np.polyval(N.T, -1.0)  # from each cell's noisy end
-        values = [np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l(lam), ln_L, ln_S(lam) - h.max())]
+        N = _integrate(np.exp(h - h.max()) @ to_coefficients, width)
+        l_table, S_table = (np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l(lam), ln_S(lam) - h.max()))
         self.register_buffer(
-            "polynomials", torch.from_numpy(np.stack([*values, N]).transpose(2, 0, 1).copy())
+            "polynomials", torch.from_numpy(np.stack([l_table, ln_L, S_table, N]).transpose(2, 0, 1).copy())
         )  # power, function, cell
-        self.register_buffer("running", torch.from_numpy(_running_sum(np.polyval(N.T, 1.0))))
-        self.register_buffer("ends", torch.tensor([sigma_max, sigma_min], dtype=torch.float64))
+        self.register_buffer("running", torch.from_numpy(_running_sum(_values(N, np.ones(1))[:, 0])))
+        self.register_buffer("ends", torch.tensor([sigma_max, sigma_min], dtype=torch.float64, device="cpu"))
         self._set_grid()
 
     def _set_grid(self) -> None:
@@ -92,8 +96,16 @@ class IntegralTable(FixedPrecisionModule):
         self.sigma_max, self.sigma_min = float(self.ends[0]), float(self.ends[1])
         self.cells_per_lambda = _CELLS / math.log(self.sigma_max / self.sigma_min)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        for name, own in self.named_buffers(recurse=False):
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dtype != own.dtype:
+                errors.append(f"{prefix + name} must be {own.dtype}, got {given.dtype}: save the student uncast.")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self._set_grid()
 
     def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
@@ -120,6 +132,20 @@ class IntegralTable(FixedPrecisionModule):
             S_ratio=(ln_S[1] - ln_S[0]).exp(),
             r=delta_N * (-ln_L[1] - ln_S[1]).exp(),
         )
+
+
+def _integrate(density: Array, width: float) -> Array:
+    """Return each cell's integral from its noisy end: polynomials one degree up from those of the density."""
+    powers = np.arange(density.shape[1], 0, -1)
+    integral = np.pad(density / powers * width / 2, ((0, 0), (0, 1)))
+    integral[:, -1] = -_values(integral, -np.ones(1))[:, 0]
+    return integral
+
+
+def _values(polynomials: Array, places: Array) -> Array:
+    """Return each cell's polynomial at places in [-1, 1]. Shapes: ``(cells, powers)``, ``(n,)`` to ``(cells, n)``."""
+    values: Array = polynomials @ np.vander(places, polynomials.shape[1]).T
+    return values
 
 
 def _running_sum(terms: Array) -> Array:

@@ -47,14 +47,14 @@ class MomentSums:
 
     def __init__(self, num_units: int, num_levels: int) -> None:
         self.num_units = num_units
-        groups = int(group_of(torch.tensor(num_units - 1), num_units)) + 1
-        self.counts = torch.zeros(groups, dtype=torch.float64)
-        self.values = torch.zeros(groups, num_levels, len(MOMENTS), dtype=torch.float64)
+        groups = int(group_of(torch.tensor(num_units - 1, device="cpu"), num_units)) + 1
+        self.counts = torch.zeros(groups, dtype=torch.float64, device="cpu")
+        self.values = torch.zeros(groups, num_levels, len(MOMENTS), dtype=torch.float64, device="cpu")
 
     def add(self, first_unit: int, moments: Tensor) -> None:
         """Add consecutive units' moments. Shape ``(levels, B, 7)``, float64 on the CPU."""
-        groups = group_of(torch.arange(first_unit, first_unit + moments.shape[1]), self.num_units)
-        self.counts.index_add_(0, groups, torch.ones(len(groups), dtype=torch.float64))
+        groups = group_of(torch.arange(first_unit, first_unit + moments.shape[1], device="cpu"), self.num_units)
+        self.counts.index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
         self.values.index_add_(0, groups, moments.transpose(0, 1))
 
 
@@ -69,13 +69,13 @@ class Centering:
         self.num_units = num_units
         self.totals: list[Tensor | None] = [None] * num_levels  # sums of D, x (and y) over all units, (F, d)
         self._open: list[tuple[int, Tensor] | None] = [None] * num_levels  # the group at work and its sums
-        groups = int(group_of(torch.tensor(num_units - 1), num_units)) + 1
-        self._distinct = torch.zeros(groups, num_levels, len(_PRODUCTS), dtype=torch.float64)
+        groups = int(group_of(torch.tensor(num_units - 1, device="cpu"), num_units)) + 1
+        self._distinct = torch.zeros(groups, num_levels, len(_PRODUCTS), dtype=torch.float64, device="cpu")
 
     def add(self, level: int, first_unit: int, features: Sequence[Tensor]) -> None:
         """Add one level's features of consecutive units; shapes as for `inner_products`."""
         means = torch.stack([f.mean(0) for f in features])
-        groups = group_of(torch.arange(first_unit, first_unit + means.shape[1]), self.num_units)
+        groups = group_of(torch.arange(first_unit, first_unit + means.shape[1], device="cpu"), self.num_units)
         first_row = 0
         for group, size in zip(*_runs(groups), strict=True):
             rows = means[:, first_row : first_row + size]
@@ -103,10 +103,15 @@ class Centering:
 
         Returns:
             The means of D, x (and y) per level, float64. Shape ``(levels, F, d)``.
+
+        Raises:
+            ValueError: If all groups are empty then.
         """
         for level in range(len(self.totals)):
             self._close(level)
         means = torch.stack([t for t in self.totals if t is not None]).to("cpu", torch.float64) / sums.counts.sum()
+        if not bool((sums.counts > 1).any()):
+            raise ValueError("an intercept needs at least 2 clean samples, got 1: pass more data, or no intercept.")
         single = sums.counts == 1
         sums.values[..., 2:] -= self._distinct / (sums.counts - 1).clamp(min=1)[:, None, None]
         sums.values[single], sums.counts[single] = 0, 0

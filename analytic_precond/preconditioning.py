@@ -173,7 +173,8 @@ class Preconditioning(FixedPrecisionModule):
                     f"{name} must be a noise level (float or floating-point tensor), got {level!r} "
                     f"({type(level).__name__}): write 80.0, or look an index up in a grid."
                 )
-        device = torch.get_default_device() if device is None else device
+        if device is None:
+            device = next((buffer.device for buffer in self.buffers()), torch.get_default_device())
         dtype = wide_dtype(device)
         t, s = (torch.as_tensor(v, dtype=dtype, device=device) for v in (t, s))
         try:

@@ -6,6 +6,7 @@ Quintic where there are six levels or more: with 120 levels the integrals of a s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,38 @@ def derivative(levels: Array, values: Array) -> Array:
     """Return d values / d lambda at the levels. Shapes: ``(K,)``, ``(..., K)`` to ``(..., K)``."""
     result: Array = spline(levels, values).derivative()(-np.log(levels))
     return result
+
+
+def linear_coefficient(levels: Array, l: Array) -> Callable[[Array], Array]:
+    r"""Return $l_t$ between the levels, as a function of lambda.
+
+    Where all values lie between 0 and 1, the spline goes through $\ln(l / (1 - l))$, which is nearly straight at both
+    ends of the range: there l or 1 - l is proportional to $t^{\mp 2}$, and a spline through l itself has large relative
+    errors.
+
+    Args:
+        levels: Decreasing noise levels. Shape ``(K,)``.
+        l: Values at the levels. Shape ``(K,)``.
+
+    Returns:
+        A function from any array of lambda to l of the same shape.
+    """
+    if not _is_logistic(l):
+        through_values: Callable[[Array], Array] = spline(levels, l)
+        return through_values
+    logit = spline(levels, np.log(l / (1 - l)))
+    return lambda lam: 1 / (1 + np.exp(-logit(lam)))
+
+
+def linear_coefficient_derivative(levels: Array, l: Array) -> Array:
+    """Return dl / dlambda at the levels, of the same interpolation. Shapes: ``(K,)``, ``(..., K)`` to ``(..., K)``."""
+    if not _is_logistic(l):
+        return derivative(levels, l)
+    return l * (1 - l) * derivative(levels, np.log(l / (1 - l)))
+
+
+def _is_logistic(l: Array) -> bool:
+    return bool(((l > 0) & (l < 1)).all())
 
 
 def log_scale(levels: Array, g_rms: Array) -> Array:

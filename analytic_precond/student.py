@@ -76,6 +76,8 @@ class Student(nn.Module):
 
     @staticmethod
     def _per_sample(level: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(level, int):
+            raise TypeError(f"noise levels must be floats or floating-point tensors, got {level}: write {level}.0.")
         level = torch.as_tensor(level, dtype=dtype, device=x.device) if isinstance(level, float) else level
         check_noise_level(level, x)
         return level.to(torch.promote_types(level.dtype, torch.float32)).reshape(-1).expand(x.shape[0])

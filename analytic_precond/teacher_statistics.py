@@ -175,6 +175,8 @@ class TeacherStatistics:
         """Tell where the remainder is more than rounding of D, or of D's differences, which move l. Shape (K,)."""
         _, _, DD, Dx, xx, _, _ = np.moveaxis(means, -1, 0)
         gg = DD - 2 * l * Dx + l**2 * xx
+        if self.mean_denoised is not None:  # rounding is relative to D itself, not to what centring left of it
+            DD = DD + self.mean_denoised.flatten(1).square().sum(1).numpy()
         from_l = np.where(np.isfinite(l_stderr), 5 * l_stderr, 0) ** 2 * xx
         resolved: NDArray[np.bool_] = (gg > _ROUNDING**2 * DD) & ((gg > from_l) | (gg > _ROUNDING_OF_L**2 * DD))
         return resolved
@@ -191,7 +193,7 @@ class TeacherStatistics:
             s = splines.derivative(levels, splines.log_scale(levels, g_rms))
         else:
             # dg/dlambda = y - l' x - l (D - x), y the derivative of D along the ODE
-            dl = splines.derivative(levels, l)
+            dl = splines.linear_coefficient_derivative(levels, l)
             g_dg = Dy - dl * Dx - l * (DD - Dx) - l * xy + l * dl * xx + l**2 * (Dx - xx)
             s = g_dg / np.where(gg > 0, gg, 1)
         return g_rms, np.where(resolved, s, 0)

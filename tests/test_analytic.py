@@ -192,3 +192,9 @@ def test_any_table_gives_finite_coefficients_with_the_boundary(
     assert bool((c_out >= 0).all() & (c_skip > 0).all())
     assert torch.equal(precond(t, t).c_skip, torch.ones_like(t))
     assert torch.equal(precond(t, t).c_out, torch.zeros_like(t))
+
+
+def test_coefficients_that_overflow_are_refused_for_what_they_are() -> None:
+    levels = ap.log_noise_levels(20)
+    with pytest.raises(ValueError, match=r"span more than 600, got 1\d{3}"):
+        ap.AnalyticPreconditioning.from_coefficients(levels, 0 * levels, 0 * levels + 100.0)

@@ -221,3 +221,13 @@ class TestModule:
             torch.cuda.set_sync_debug_mode("default")
         torch.testing.assert_close(c_out.cpu(), analytic()(self.t, self.s).c_out)
         torch.testing.assert_close(c_skip.cpu(), analytic()(self.t, self.s).c_skip)
+
+    def test_refuses_a_checkpoint_that_was_rounded(self) -> None:
+        rounded = {name: value.half() for name, value in analytic().state_dict().items()}
+        precond = analytic()
+        with pytest.raises(RuntimeError, match=r"must be torch.float64, got torch.float16"):
+            precond.load_state_dict(rounded)
+        assert precond.sigma_min == 0.002
+
+    def test_float_levels_follow_the_tables_to_their_device(self) -> None:
+        assert analytic().to("meta")(5.0, 1.0).c_out.device.type == "meta"
