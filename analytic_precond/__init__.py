@@ -6,7 +6,7 @@ student -> loss, sampler.
 
 from importlib.metadata import version
 
-from .adapters import denoiser_from_edm, denoiser_from_network
+from .adapters import NetworkDenoiser, denoiser_from_edm, denoiser_from_network
 from .analytic import AnalyticPreconditioning
 from .diffusers_adapter import denoiser_from_diffusers
 from .estimation import estimate_statistics
@@ -47,6 +47,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "denoiser_from_edm",
     "denoiser_from_network",
     "denoiser_from_diffusers",
+    "NetworkDenoiser",
     "guide",
     # noise schedules of teachers
     "Schedule",

@@ -67,8 +67,8 @@ class JacobianForm:
         # half of the value is far above the difference's own error, and far below what a hidden network leaves
         if not bool((reverse - numeric).abs() <= 0.5 * numeric.abs() + rounding):
             raise RuntimeError(
-                f"expected gradients through the whole teacher, got v J v = {reverse.item():.4g} by autograd "
-                f"but {numeric.item():.4g} by differences: remove torch.no_grad or detach inside it, or use l_method='stein'."
+                f"expected gradients through the whole teacher, got v J v = {reverse.item():.4g} by autograd but "
+                f"{numeric.item():.4g} by differences: remove torch.no_grad or detach in it, or use l_method='stein'."
             )
 
     def _by_vjp(self, x: Tensor, t: Tensor, v: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
