@@ -176,7 +176,7 @@ class TeacherStatistics:
         _, _, DD, Dx, xx, _, _ = np.moveaxis(means, -1, 0)
         gg = DD - 2 * l * Dx + l**2 * xx
         if self.mean_denoised is not None:  # rounding is relative to D itself, not to what centring left of it
-            DD = DD + self.mean_denoised.flatten(1).square().sum(1).numpy()
+            DD = DD + self.mean_denoised.reshape(len(DD), -1).square().sum(1).numpy()
         from_l = np.where(np.isfinite(l_stderr), 5 * l_stderr, 0) ** 2 * xx
         resolved: NDArray[np.bool_] = (gg > _ROUNDING**2 * DD) & ((gg > from_l) | (gg > _ROUNDING_OF_L**2 * DD))
         return resolved
