@@ -93,10 +93,9 @@ class Measurement:
         if self.l_method == "hutchinson" and probe is not None:
             denoised, trace = self.jacobian_form(x, t, probe, condition)
         elif self.l_method == "exact":
-            for i in range(x[0].numel()):
-                unit = torch.zeros_like(x)
-                unit.reshape(len(x), -1)[:, i] = 1
-                denoised, element = self.jacobian_form(x, t, unit, condition)
+            for unit in torch.eye(x[0].numel(), dtype=x.dtype, device=x.device):
+                direction = unit.reshape(x.shape[1:]).expand_as(x).clone()
+                denoised, element = self.jacobian_form(x, t, direction, condition)
                 trace += element
         else:
             denoised = self._teacher(x, t, **condition)

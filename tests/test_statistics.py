@@ -255,3 +255,15 @@ def test_half_precision_data_are_noised_in_float32() -> None:
     )
     assert torch.equal(half.l, full.l)
     assert torch.equal(half.g_rms, full.g_rms)
+
+
+@pytest.mark.parametrize("l_method", L_METHODS)
+def test_memory_format_of_the_data_does_not_matter(l_method: str) -> None:
+    data = torch.randn(16, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    teacher = ap.GaussianDenoiser(torch.rand(3, 2, 2, generator=torch.Generator().manual_seed(1)))
+    plain, last = (
+        ap.estimate_statistics(teacher, x, ap.log_noise_levels(4), 32, l_method=l_method, progress=False)
+        for x in (data, data.to(memory_format=torch.channels_last))
+    )
+    torch.testing.assert_close(last.l, plain.l, rtol=1e-12, atol=0)
+    torch.testing.assert_close(last.g_rms, plain.g_rms, rtol=1e-9, atol=0)
