@@ -13,7 +13,7 @@ from ._checks import check_choice, check_count, check_levels, wide_dtype
 from .batches import iterate_batches, pair_noise
 from .derivatives import Condition
 from .measurement import Measurement
-from .moments import Centering, MomentSums
+from .moments import Centering, MomentSums, reference
 from .noise_levels import log_noise_levels
 from .teacher import Denoiser
 from .teacher_statistics import L_METHODS, S_METHODS, StatisticsHeader, TeacherStatistics
@@ -109,7 +109,7 @@ def estimate_statistics(
     measure = Measurement(denoiser, l_method, s_method)
     sums = MomentSums(num_pairs, num_levels)
     centering = Centering(num_pairs, num_levels) if intercept else None
-    sample_shape: torch.Size | None = None
+    sample_shape, precision = None, ""
     bar = tqdm(
         total=2 * num_pairs * num_levels,
         desc=f"statistics of {name}",
@@ -122,7 +122,8 @@ def estimate_statistics(
         for number, batch in enumerate(iterate_batches(data, num_pairs, batch_size, seed)):
             x_0 = batch.x if device is None else batch.x.to(device)
             x_0 = x_0.to(torch.promote_types(x_0.dtype, torch.float32))  # half precision cannot hold x_0 + 0.002 n
-            sample_shape = x_0.shape[1:] if sample_shape is None else sample_shape
+            if sample_shape is None:
+                sample_shape, precision = x_0.shape[1:], str(x_0.dtype).removeprefix("torch.")
             if x_0.shape[1:] != sample_shape:
                 raise ValueError(
                     f"data must hold samples of one shape, got {tuple(x_0.shape[1:])} in batch {number} after "
@@ -146,14 +147,15 @@ def estimate_statistics(
 
     assert sample_shape is not None
     means = None if centering is None else centering.close(sums)
-    header = StatisticsHeader(l_method, s_method, (seed,), tuple(sample_shape), name)
+    header = StatisticsHeader(l_method, s_method, (seed,), tuple(sample_shape), precision, name)
     filled = sums.counts > 0
+    a = torch.from_numpy(reference(levels.numpy()))[:, None]  # D = E + a x
     return TeacherStatistics(
         levels,
         sums.counts[filled],
         sums.values[filled],
         header,
-        None if means is None else means[:, 0].reshape(num_levels, *sample_shape),
+        None if means is None else (means[:, 0] + a * means[:, 1]).reshape(num_levels, *sample_shape),
         None if means is None else means[0, 1].reshape(sample_shape),
     )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ._checks import wide_dtype
 from .derivatives import Condition, JacobianForm, ode_derivative_difference, ode_derivative_jvp
-from .moments import inner_products
+from .moments import inner_products, reference
 from .teacher import Denoiser
 
 _ODE_DERIVATIVES = {"jvp": ode_derivative_jvp, "finite-difference": ode_derivative_difference}
@@ -45,7 +46,7 @@ class Measurement:
             where: The level and the batch, for error messages.
 
         Returns:
-            The pairs' moments, shape ``(B, 7)``, and the features D, x (and y) that they are made of, each of
+            The pairs' moments, shape ``(B, 7)``, and the features E, x (and y) that they are made of, each of
             shape ``(2, B, d)``; all in the wide dtype.
         """
         self.where = where
@@ -55,19 +56,20 @@ class Measurement:
             x = (x_0 + sign * t * noise).to(x_0.dtype)
             probe = None if probes is None else probes[half].to(x)
             halves.append(self._half(x, levels, probe, condition))
-        features = [
+        D, x, *derivative = (
             torch.stack(parts).reshape(2, len(x_0), -1).to(wide)
             for parts in list(zip(*halves, strict=True))[:-1]
             if parts[0] is not None
-        ]
+        )
+        a = float(reference(np.asarray(t)))
+        features = [D - a * x, x, *(y - a * (D - x) for y in derivative)]
 
-        d = features[0].shape[-1]
         if self.l_method == "stein":
             n = noise.reshape(len(x_0), -1)
-            trace, norm = (n * (features[0][0] - features[0][1])).sum(-1) / (2 * t), (n * n).sum(-1)
+            trace, norm = (n * (D[0] - D[1])).sum(-1) / (2 * t), (n * n).sum(-1)
         else:
             trace = (halves[0][-1] + halves[1][-1]) / 2
-            norm = torch.full_like(trace, d)
+            norm = torch.full_like(trace, D.shape[-1])
         return torch.cat([trace[:, None], norm[:, None], inner_products(features)], 1), features
 
     def _teacher(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:

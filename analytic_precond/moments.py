@@ -16,10 +16,18 @@ from torch import Tensor
 
 Array = NDArray[np.float64]
 
-# an estimate of tr dD/dx and its normaliser; inner products of D, x and y = dD/dlambda (0 where y is not needed)
-MOMENTS = ("trace", "norm", "DD", "Dx", "xx", "Dy", "xy")
-_PRODUCTS = ((0, 0), (0, 1), (1, 1), (0, 2), (1, 2))  # the features D, x, y that each moment after norm multiplies
+# an estimate of tr dD/dx and its normaliser; inner products of E = D - a x, x and y = dE/dlambda (0 where not needed)
+MOMENTS = ("trace", "norm", "EE", "Ex", "xx", "Ey", "xy")
+_PRODUCTS = ((0, 0), (0, 1), (1, 1), (0, 2), (1, 2))  # the features E, x, y that each moment after norm multiplies
 GROUPS = 32
+
+
+def reference(levels: Array) -> Array:
+    """Return a, the part of x that is taken out of D before products are formed: all of it below t = 1.
+
+    There D is nearly x, and the small remainder would be lost in the rounding of D's own square.
+    """
+    return np.where(levels < 1, 1.0, 0.0)
 
 
 def group_of(units: Tensor, num_units: int) -> Tensor:
@@ -28,13 +36,13 @@ def group_of(units: Tensor, num_units: int) -> Tensor:
 
 
 def inner_products(features: Sequence[Tensor]) -> Tensor:
-    """Return the products of D, x and y, averaged over the halves.
+    """Return the products of E, x and y, averaged over the halves.
 
     Args:
-        features: D, x and perhaps y, flattened. Each of shape ``(halves, B, d)``.
+        features: E, x and perhaps y, flattened. Each of shape ``(halves, B, d)``.
 
     Returns:
-        The moments from ``"DD"`` on. Shape ``(B, 5)``.
+        The moments from ``"EE"`` on. Shape ``(B, 5)``.
     """
     zero = features[0].new_zeros(features[0].shape[1])
     return torch.stack(
@@ -67,7 +75,7 @@ class Centering:
 
     def __init__(self, num_units: int, num_levels: int) -> None:
         self.num_units = num_units
-        self.totals: list[Tensor | None] = [None] * num_levels  # sums of D, x (and y) over all units, (F, d)
+        self.totals: list[Tensor | None] = [None] * num_levels  # sums of E, x (and y) over all units, (F, d)
         self._open: list[tuple[int, Tensor] | None] = [None] * num_levels  # the group at work and its sums
         groups = int(group_of(torch.tensor(num_units - 1, device="cpu"), num_units)) + 1
         self._distinct = torch.zeros(groups, num_levels, len(_PRODUCTS), dtype=torch.float64, device="cpu")
@@ -102,7 +110,7 @@ class Centering:
             sums: The uncentred sums of the same units.
 
         Returns:
-            The means of D, x (and y) per level, float64. Shape ``(levels, F, d)``.
+            The means of E, x (and y) per level, float64. Shape ``(levels, F, d)``.
 
         Raises:
             ValueError: If all groups are empty then.

@@ -20,15 +20,15 @@ from torch import Tensor
 from . import splines
 from ._checks import check_choice, check_finite, check_levels
 from ._files import read_tensors, write_tensors
-from .moments import MOMENTS, Array, jackknife
+from .moments import MOMENTS, Array, jackknife, reference
 
 L_METHODS = ("stein", "hutchinson", "exact")
 S_METHODS = ("transport", "jvp", "finite-difference")
 
 _KIND = "TeacherStatistics 1"  # what the file is, and the version of its layout
-# fractions of D's RMS: below the first a remainder is rounding, below the second it may be rounding's effect on l
-_ROUNDING = 1e-7
-_ROUNDING_OF_L = 1e-5
+_PRECISIONS = {"float32": 1e-7, "float64": 1e-15}  # of D; a remainder below is rounding
+_ROUNDING_OF_L = 100.0  # in units of the same: below it may be rounding's effect on l, of differences of D over t
+_CANCELLATION = 1e-7  # of E: what the sums' own rounding leaves of g = E - k x where the two cancel
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class StatisticsHeader:
         s_method: Estimator of s: ``"transport"``, ``"jvp"`` or ``"finite-difference"``.
         seeds: Seeds of the runs that were merged into this one.
         sample_shape: Shape of one data sample.
+        precision: The dtype that the teacher was called in, e.g. ``"float32"``.
         description: The teacher, in words.
     """
 
@@ -47,6 +48,7 @@ class StatisticsHeader:
     s_method: str
     seeds: tuple[int, ...]
     sample_shape: tuple[int, ...]
+    precision: str
     description: str
 
     @property
@@ -89,6 +91,7 @@ class TeacherStatistics:
         if self.levels.dtype != torch.float64:
             raise ValueError(f"levels must be float64, got {self.levels.dtype}.")
         check_levels(self.levels)
+        check_choice(self.header.precision, _PRECISIONS, "precision")
         check_choice(self.header.l_method, L_METHODS, "l_method")
         check_choice(self.header.s_method, S_METHODS, "s_method")
         groups, shape = self.counts.numel(), self.header.sample_shape
@@ -173,29 +176,37 @@ class TeacherStatistics:
 
     def _resolved(self, means: Array, l: Array, l_stderr: Array) -> NDArray[np.bool_]:
         """Tell where the remainder is more than rounding of D, or of D's differences, which move l. Shape (K,)."""
-        _, _, DD, Dx, xx, _, _ = np.moveaxis(means, -1, 0)
-        gg = DD - 2 * l * Dx + l**2 * xx
+        a = reference(self.levels.numpy())
+        _, _, EE, Ex, xx, _, _ = np.moveaxis(means, -1, 0)
+        gg = EE - 2 * (l - a) * Ex + (l - a) ** 2 * xx
+        DD = EE + 2 * a * Ex + a**2 * xx
         if self.mean_denoised is not None:  # rounding is relative to D itself, not to what centring left of it
             DD = DD + self.mean_denoised.reshape(len(DD), -1).square().sum(1).numpy()
+        rounding = _PRECISIONS[self.header.precision] ** 2 * DD
         from_l = np.where(np.isfinite(l_stderr), 5 * l_stderr, 0) ** 2 * xx
-        resolved: NDArray[np.bool_] = (gg > _ROUNDING**2 * DD) & ((gg > from_l) | (gg > _ROUNDING_OF_L**2 * DD))
+        resolved: NDArray[np.bool_] = (
+            (gg > rounding) & (gg > _CANCELLATION**2 * EE) & ((gg > from_l) | (gg > _ROUNDING_OF_L**2 * rounding))
+        )
         return resolved
 
     def _scales(self, means: Array, resolved: NDArray[np.bool_]) -> tuple[Array, Array]:
         """Return g_rms and s from mean moments, 0 where g is not resolved. Shapes: ``(R, K, 7)`` to ``(R, K)``."""
         levels = self.levels.numpy()
-        trace, norm, DD, Dx, xx, Dy, xy = np.moveaxis(means, -1, 0)
+        a = reference(levels)
+        trace, norm, EE, Ex, xx, Ey, xy = np.moveaxis(means, -1, 0)
         l = trace / norm
-        gg = np.where(resolved, DD - 2 * l * Dx + l**2 * xx, 0).clip(min=0)
+        k = l - a  # g = D - l x = E - k x
+        gg = np.where(resolved, EE - 2 * k * Ex + k**2 * xx, 0).clip(min=0)
         g_rms = np.sqrt(gg / self.header.sample_size)
 
         if self.header.s_method == "transport":
             s = splines.derivative(levels, splines.log_scale(levels, g_rms))
         else:
-            # dg/dlambda = y - l' x - l (D - x), y the derivative of D along the ODE
+            # dg/dlambda = y - l' x - k (D - x) with y = dE/dlambda along the ODE and D - x = E - (1 - a) x
             dl = splines.linear_coefficient_derivative(levels, l)
-            g_dg = Dy - dl * Dx - l * (DD - Dx) - l * xy + l * dl * xx + l**2 * (Dx - xx)
-            s = g_dg / np.where(gg > 0, gg, 1)
+            E_dg = Ey - dl * Ex - k * (EE - (1 - a) * Ex)
+            x_dg = xy - dl * xx - k * (Ex - (1 - a) * xx)
+            s = (E_dg - k * x_dg) / np.where(gg > 0, gg, 1)
         return g_rms, np.where(resolved, s, 0)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -255,7 +266,7 @@ def _header_from(header: dict[str, Any]) -> StatisticsHeader:
             raise ValueError(f"header field {name!r} must be a list of integers, got {value!r}")
         return tuple(value)
 
-    words = {name: header.get(name) for name in ("l_method", "s_method", "description")}
+    words = {name: header.get(name) for name in ("l_method", "s_method", "precision", "description")}
     if not all(isinstance(word, str) for word in words.values()):
         raise ValueError(f"header fields {sorted(words)} must be strings, got {words}")
     return StatisticsHeader(**words, seeds=integers("seeds"), sample_shape=integers("sample_shape"))  # type: ignore[arg-type]

@@ -267,3 +267,19 @@ def test_memory_format_of_the_data_does_not_matter(l_method: str) -> None:
     )
     torch.testing.assert_close(last.l, plain.l, rtol=1e-12, atol=0)
     torch.testing.assert_close(last.g_rms, plain.g_rms, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("s_method", ["transport", "finite-difference"])
+@pytest.mark.parametrize("variances", [(1e4, 2500.0, 100.0), (1e-4, 3e-5, 1e-6)], ids=["large", "small"])
+def test_data_of_any_scale(variances: tuple[float, ...], s_method: str) -> None:
+    """At t = 0.002 the large data's remainder is 1e-10 of D, which a square of D could not hold."""
+    problem, levels = Gaussian(variances), ap.log_noise_levels()
+    stats = ap.estimate_statistics(
+        problem.denoiser(), problem.sample(512, 0), levels, 1024, 512, "exact", s_method, progress=False
+    )
+    assert (stats.g_rms > 0).all()
+    truth = {name: torch.from_numpy(getattr(problem, name)(levels.numpy())) for name in RESULTS}
+    relative = (stats.g_rms / truth["g_rms"] - 1).abs()
+    assert (relative < 4.5 * stats.g_rms_stderr / truth["g_rms"] + 1e-5).all(), relative.max()
+    # 0.002: l' between 120 levels where 1 - l is 1e-10, and the rounding of D's differences
+    assert ((stats.s - truth["s"]).abs() < 4.5 * stats.s_stderr + 0.002).all(), (stats.s - truth["s"]).abs().max()
