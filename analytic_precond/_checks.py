@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def check_tensor(value: object, name: str) -> None:
@@ -92,3 +92,10 @@ def check_choice(value: object, known: Iterable[str], name: str) -> None:
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest floating dtype that the device computes in: float64, but float32 on Apple's MPS."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
+    """The dtype that a network's parameters have, ``default`` for one without; autocast does its own casts."""
+    if not isinstance(network, nn.Module):
+        return default
+    return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_tensor, wide_dtype
+from ._checks import check_tensor, network_dtype, wide_dtype
 from .noise_levels import expand_to
 from .predictions import PredictionScalings
 from .schedules import EDMSchedule, Schedule
@@ -109,10 +109,7 @@ class NetworkDenoiser(nn.Module):
         return output
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
-        if self.dtype is not None:
-            return self.dtype
-        parameters = self.network.parameters() if isinstance(self.network, nn.Module) else iter(())
-        return next((p.dtype for p in parameters if p.is_floating_point()), default)
+        return network_dtype(self.network, default) if self.dtype is None else self.dtype
 
 
 _CALL_ERRORS = ("unexpected keyword argument", "required positional argument", "required keyword-only argument")

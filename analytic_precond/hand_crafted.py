@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_positive, wide_dtype
-from .preconditioning import Preconditioning, Scalings
-
-_ROUNDING = 1e-6  # relative: float32 grids end at 0.0019999996
+from .preconditioning import ROUNDING, Preconditioning, Scalings
 
 
 class CMPreconditioning(Preconditioning):
@@ -78,7 +76,7 @@ class CMPreconditioning(Preconditioning):
         return s
 
     def _reached(self, s: Tensor) -> Tensor:
-        return (s - self.sigma_min).abs() <= _ROUNDING * self.sigma_min
+        return (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
 
     def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
         """Refuse other targets too."""

@@ -30,9 +30,14 @@ def reference(levels: Array) -> Array:
     return np.where(levels < 1, 1.0, 0.0)
 
 
-def group_of(units: Tensor, num_units: int) -> Tensor:
-    """Return each unit's group: at most `GROUPS` blocks of at least two units, whatever the batches."""
-    return units * max(1, min(GROUPS, num_units // 2)) // num_units
+def num_groups(num_units: int) -> int:
+    """Return the number of groups: at most `GROUPS`, of at least two units each."""
+    return max(1, min(GROUPS, num_units // 2))
+
+
+def group_of(first_unit: int, count: int, num_units: int) -> Tensor:
+    """Return the groups of consecutive units, blocks of equal size as nearly as can be, whatever the batches."""
+    return torch.arange(first_unit, first_unit + count, device="cpu") * num_groups(num_units) // num_units
 
 
 def inner_products(features: Sequence[Tensor]) -> Tensor:
@@ -55,13 +60,13 @@ class MomentSums:
 
     def __init__(self, num_units: int, num_levels: int) -> None:
         self.num_units = num_units
-        groups = int(group_of(torch.tensor(num_units - 1, device="cpu"), num_units)) + 1
+        groups = num_groups(num_units)
         self.counts = torch.zeros(groups, dtype=torch.float64, device="cpu")
         self.values = torch.zeros(groups, num_levels, len(MOMENTS), dtype=torch.float64, device="cpu")
 
     def add(self, first_unit: int, moments: Tensor) -> None:
         """Add consecutive units' moments. Shape ``(levels, B, 7)``, float64 on the CPU."""
-        groups = group_of(torch.arange(first_unit, first_unit + moments.shape[1], device="cpu"), self.num_units)
+        groups = group_of(first_unit, moments.shape[1], self.num_units)
         self.counts.index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
         self.values.index_add_(0, groups, moments.transpose(0, 1))
 
@@ -77,13 +82,13 @@ class Centering:
         self.num_units = num_units
         self.totals: list[Tensor | None] = [None] * num_levels  # sums of E, x (and y) over all units, (F, d)
         self._open: list[tuple[int, Tensor] | None] = [None] * num_levels  # the group at work and its sums
-        groups = int(group_of(torch.tensor(num_units - 1, device="cpu"), num_units)) + 1
-        self._distinct = torch.zeros(groups, num_levels, len(_PRODUCTS), dtype=torch.float64, device="cpu")
+        shape = (num_groups(num_units), num_levels, len(_PRODUCTS))
+        self._distinct = torch.zeros(shape, dtype=torch.float64, device="cpu")
 
     def add(self, level: int, first_unit: int, features: Sequence[Tensor]) -> None:
         """Add one level's features of consecutive units; shapes as for `inner_products`."""
         means = torch.stack([f.mean(0) for f in features])
-        groups = group_of(torch.arange(first_unit, first_unit + means.shape[1], device="cpu"), self.num_units)
+        groups = group_of(first_unit, means.shape[1], self.num_units)
         first_row = 0
         for group, size in zip(*_runs(groups), strict=True):
             rows = means[:, first_row : first_row + size]

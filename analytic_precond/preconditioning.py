@@ -17,7 +17,7 @@ from ._buffers import FixedPrecisionModule
 from ._checks import check_choice, check_positive, check_tensor, wide_dtype
 from .noise_levels import expand_to
 
-_ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
+ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
 
 
 class Scalings(NamedTuple):
@@ -182,8 +182,8 @@ class Preconditioning(FixedPrecisionModule):
         except RuntimeError as error:
             raise ValueError(f"t and s must broadcast, got shapes {tuple(t.shape)} and {tuple(s.shape)}.") from error
         t, s = t.expand(shape), s.expand(shape)
-        low, high = self.sigma_min * (1 - _ROUNDING), self.sigma_max * (1 + _ROUNDING)
-        valid = (s <= t * (1 + _ROUNDING)) & (s >= low) & (t <= high) & (t > 0)
+        low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
+        valid = (s <= t * (1 + ROUNDING)) & (s >= low) & (t <= high) & (t > 0)
         if device.type == "cpu" and not torch.compiler.is_compiling() and self._refuse(t, s, valid):
             return self.coefficients(t, s)
         return Scalings(*(torch.where(valid, c, torch.nan) for c in self.coefficients(t, s)))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_noise_level, check_positive
+from ._checks import check_noise_level, check_positive, network_dtype
 from .noise_levels import expand_to
 from .preconditioning import EDMPreconditioning, Preconditioning
 
@@ -62,11 +62,12 @@ class Student(nn.Module):
         per_sample = [self._per_sample(level, x, wide) for level in levels]
         edm = self.edm(per_sample[0])
         c_skip, c_out, c_in = (expand_to(c, x).to(wide) for c in edm[:3])
-        c_noise = [edm.c_noise if i == 0 else self.edm(t).c_noise for i, t in enumerate(per_sample)]
         if self.noise_conditioning is not None:
             c_noise = [self.noise_conditioning(t) for t in per_sample]
+        else:
+            c_noise = [edm.c_noise, *(self.edm(t).c_noise for t in per_sample[1:])]
 
-        output = self.network((c_in * x).to(self._network_dtype(x.dtype)), *c_noise, **condition)
+        output = self.network((c_in * x).to(network_dtype(self.network, x.dtype)), *c_noise, **condition)
         if output.shape != x.shape:
             raise ValueError(
                 f"the network must return x's shape {tuple(x.shape)}, got {tuple(output.shape)}: drop extra channels, "
@@ -81,12 +82,6 @@ class Student(nn.Module):
         level = torch.as_tensor(level, dtype=dtype, device=x.device) if isinstance(level, float) else level
         check_noise_level(level, x)
         return level.to(torch.promote_types(level.dtype, torch.float32)).reshape(-1).expand(x.shape[0])
-
-    def _network_dtype(self, default: torch.dtype) -> torch.dtype:
-        """The network's dtype, for a network that was cast to half precision; autocast does its own casts."""
-        if not isinstance(self.network, nn.Module):
-            return default
-        return next((p.dtype for p in self.network.parameters() if p.is_floating_point()), default)
 
 
 class ConsistencyTrajectoryModel(Student):

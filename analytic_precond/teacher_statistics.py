@@ -178,7 +178,7 @@ class TeacherStatistics:
         """Tell where the remainder is more than rounding of D, or of D's differences, which move l. Shape (K,)."""
         a = reference(self.levels.numpy())
         _, _, EE, Ex, xx, _, _ = np.moveaxis(means, -1, 0)
-        gg = EE - 2 * (l - a) * Ex + (l - a) ** 2 * xx
+        gg = _remainder_square(means, l - a)
         DD = EE + 2 * a * Ex + a**2 * xx
         if self.mean_denoised is not None:  # rounding is relative to D itself, not to what centring left of it
             DD = DD + self.mean_denoised.reshape(len(DD), -1).square().sum(1).numpy()
@@ -195,8 +195,8 @@ class TeacherStatistics:
         a = reference(levels)
         trace, norm, EE, Ex, xx, Ey, xy = np.moveaxis(means, -1, 0)
         l = trace / norm
-        k = l - a  # g = D - l x = E - k x
-        gg = np.where(resolved, EE - 2 * k * Ex + k**2 * xx, 0).clip(min=0)
+        k = l - a
+        gg = np.where(resolved, _remainder_square(means, k), 0).clip(min=0)
         g_rms = np.sqrt(gg / self.header.sample_size)
 
         if self.header.s_method == "transport":
@@ -245,6 +245,12 @@ class TeacherStatistics:
             return statistics
         except (ValueError, TypeError, FloatingPointError) as error:
             raise ValueError(f"expected statistics in {path}, got parts that do not fit: {error}") from error
+
+
+def _remainder_square(means: Array, k: Array) -> Array:
+    """Return E|g|^2 from mean moments, with g = D - l x = E - k x."""
+    _, _, EE, Ex, xx, _, _ = np.moveaxis(means, -1, 0)
+    return np.asarray(EE - 2 * k * Ex + k**2 * xx)
 
 
 _TENSORS = ("levels", "counts", "sums", "mean_denoised", "mean_data")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from global_rng import global_rng_untouched
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -76,19 +74,6 @@ def jump_between(t: Any, s: Any) -> Any:
 
 def move(x_t: Any = DATA, denoised: Any = DATA, t: Any = 2.0, s: Any = 1.0) -> Tensor:
     return tables().jump(x_t, denoised, t, s)
-
-
-@contextmanager
-def global_rng_untouched() -> Iterator[None]:
-    """Fail if a global random number generator moves."""
-
-    def states() -> tuple[Any, ...]:
-        numpy_state = np.random.get_state()  # noqa: NPY002 - the legacy global state is what is watched
-        return torch.get_rng_state().tolist(), random.getstate(), [np.asarray(v).tolist() for v in numpy_state]
-
-    before = states()
-    yield
-    assert states() == before
 
 
 def check_refused(call: Callable[[], object], error: type[Exception], match: str) -> None:

@@ -6,14 +6,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from global_rng import global_rng_untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -345,19 +344,6 @@ def test_neighbouring_seeds_share_no_noise() -> None:
 def test_labels_or_not_the_numbers_are_the_same() -> None:
     with_labels = estimate(TensorDataset(DATA, LABELS), condition=lambda y: {"label": y})
     assert_same(with_labels, estimate(TensorDataset(DATA)))
-
-
-@contextmanager
-def global_rng_untouched() -> Iterator[None]:
-    """Fail if a global random number generator moves."""
-
-    def states() -> tuple[Any, ...]:
-        numpy_state = np.random.get_state()  # noqa: NPY002 - the legacy global state is what is watched
-        return torch.get_rng_state().tolist(), random.getstate(), [np.asarray(v).tolist() for v in numpy_state]
-
-    before = states()
-    yield
-    assert states() == before
 
 
 def dropout_teacher(x: Tensor, t: Tensor) -> Tensor:
