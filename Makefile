@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
-INSTALL = $(RUN)pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+INSTALL = $(RUN)pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: quickstart test clean
 
@@ -17,11 +17,13 @@ test: $(VENV)/dev-installed
 	$(RUN)pytest -q
 
 $(VENV)/examples-installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	$(INSTALL) ".[examples]"
+	$(INSTALL) --editable ".[examples]"
 	touch $@
 
 $(VENV)/dev-installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
-	$(INSTALL) ".[dev]"
+	$(INSTALL) --editable ".[dev]"
+# without the torchvision that it asks for, which does not fit a CPU-only torch: the tests bring a stand-in
+	$(INSTALL) --no-deps "lpips>=0.1.4"
 	touch $@ $(VENV)/examples-installed
 
 $(VENV)/bin/pip:

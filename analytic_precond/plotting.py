@@ -6,8 +6,7 @@ Figures are built without pyplot and returned: nothing is shown, and no global s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, cycle, repeat
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_positive, wide_dtype
+from .figure_style import FONT, legend, new_figure, plain_ticks, styles
 from .noise_levels import log_noise_levels
 from .preconditioning import Preconditioning
 from .splines import Array
@@ -22,13 +22,8 @@ from .teacher_statistics import TeacherStatistics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours without the yellow, too pale for a line; dashes tell lines apart in grey and where they meet
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1)), (0, (6, 1.2, 1.2, 1.2)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-_FONT = 15  # points; figures are about 12 inches wide and still readable at half that
 _ROWS = ("$c_{skip}$", "$c_{skip}\\,/\\,(s/t)$", "$c_{out}$", "$c_{out}\\,/\\,(1 - s/t)$")
 _BAND, _POINTS = 0.25, 256  # opacity of intervals, points per curve of a preconditioning
 
@@ -61,16 +56,16 @@ def plot_statistics(stats: TeacherStatistics | Mapping[str, TeacherStatistics], 
     """
     teachers = _by_name(stats, TeacherStatistics, "stats")
     check_positive(sigma_data, "sigma_data")
-    figure = _new_figure(12.0, 4.6)
+    figure = new_figure(12.0, 4.6)
     l_panel, s_panel, g_panel = figure.subplots(1, 3, sharex=True)
-    for (name, teacher), style in zip(teachers.items(), _styles(), strict=False):
+    for (name, teacher), style in zip(teachers.items(), styles(), strict=False):
         g_rms = teacher.g_rms.where(teacher.g_rms > 0, torch.nan)  # a linear teacher has no remainder to show
         _line_with_band(l_panel, teacher.levels, teacher.l, teacher.l_stderr, name, style)
         _line_with_band(s_panel, teacher.levels, teacher.s, teacher.s_stderr, name, style)
         _line_with_band(g_panel, teacher.levels, g_rms, teacher.g_rms_stderr, name, style)
     if any(bool((teacher.g_rms > 0).any()) for teacher in teachers.values()):
         g_panel.set_yscale("log")
-        _plain_ticks(g_panel.yaxis, most_decades=2.5)
+        plain_ticks(g_panel.yaxis, most_decades=2.5)
 
     t = np.unique(np.concatenate([teacher.levels.numpy() for teacher in teachers.values()]))
     guess = sigma_data**2 / (sigma_data**2 + t**2)
@@ -80,7 +75,7 @@ def plot_statistics(stats: TeacherStatistics | Mapping[str, TeacherStatistics], 
     _decorate(l_panel, "noise level $t$", "linear coefficient $l_t$")
     _decorate(s_panel, "noise level $t$", "scaling coefficient $s_t$")
     _decorate(g_panel, "noise level $t$", "RMS of $g = D - l_t\\,x$")
-    _legend(figure, l_panel)
+    legend(figure, l_panel)
     return figure
 
 
@@ -115,20 +110,20 @@ def plot_preconditioning(
     starts = _starts(t)
     check_positive(sigma_min, "sigma_min")
     _check_reach(named, starts, sigma_min)
-    figure = _new_figure(4.0 * max(2, len(starts)), 9.0)
+    figure = new_figure(4.0 * max(2, len(starts)), 9.0)
     panels = figure.subplots(4, len(starts), squeeze=False, sharex="col", height_ratios=(3, 2.2, 3, 2.2))
     for column, start in zip(panels.T, starts, strict=True):
-        for (name, precond), style in zip(named.items(), _styles(), strict=False):
+        for (name, precond), style in zip(named.items(), styles(), strict=False):
             s, curves = _curves(precond, start, max(sigma_min, precond.sigma_min))
             for panel, curve in zip(column, curves, strict=True):
                 panel.plot(s, curve, label=name, **style)
-        column[0].set_title(f"jumps from $t$ = {start:g}", fontsize=_FONT)
+        column[0].set_title(f"jumps from $t$ = {start:g}", fontsize=FONT)
         _log_if_wide(column[0], least_decades=0, smallest=sigma_min / start)
         _log_if_wide(column[1], least_decades=1, smallest=1)
         for panel, label in zip(column, _ROWS, strict=True):
             _decorate(panel, "noise level $s$" if panel is column[-1] else "", label)
     figure.align_ylabels(panels)
-    _legend(figure, panels[0, 0])
+    legend(figure, panels[0, 0])
     return figure
 
 
@@ -179,22 +174,6 @@ def _check_reach(preconditionings: Mapping[str, Preconditioning], starts: Sequen
         raise ValueError(f"t must lie within each preconditioning's range, got {'; '.join(faults)}: choose others.")
 
 
-def _new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure that belongs to no window."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plotting needs matplotlib, got none: pip install analytic-precond[plot]") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _styles() -> Iterator[dict[str, Any]]:
-    """Yield line styles; the first is the widest, so that it shows under a line that coincides with it."""
-    widths = chain([3.2, 2.6], repeat(2.2))
-    for colour, dashes, width in zip(cycle(_COLOURS), cycle(_DASHES), widths, strict=False):
-        yield {"color": colour, "linestyle": dashes, "linewidth": width}
-
-
 def _line_with_band(panel: Axes, t: Tensor, value: Tensor, stderr: Tensor, name: str, style: dict[str, Any]) -> None:
     """Draw an estimate and its 95 % interval; an infinite error, of too few samples, has no band."""
     panel.plot(t, value, label=name, **style)
@@ -210,39 +189,14 @@ def _log_if_wide(panel: Axes, least_decades: float, smallest: float) -> None:
     elif high > low * 10**least_decades:
         panel.set_yscale("log")
         if high < 300 * low:  # else powers of ten read better
-            _plain_ticks(panel.yaxis, most_decades=2.5)
+            plain_ticks(panel.yaxis, most_decades=2.5)
 
 
 def _decorate(panel: Axes, x_label: str, y_label: str) -> None:
     panel.set_xscale("log")
-    _plain_ticks(panel.xaxis, most_decades=1.5)
-    panel.set_xlabel(x_label, fontsize=_FONT)
-    panel.set_ylabel(y_label, fontsize=_FONT)
-    panel.tick_params(labelsize=_FONT - 2)
+    plain_ticks(panel.xaxis, most_decades=1.5)
+    panel.set_xlabel(x_label, fontsize=FONT)
+    panel.set_ylabel(y_label, fontsize=FONT)
+    panel.tick_params(labelsize=FONT - 2)
     panel.grid(color="#DDDDDD", linewidth=0.8)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def _plain_ticks(axis: Axis, most_decades: float) -> None:
-    """Write 0.01, 0.1, 1 on a log axis, and 2 and 5 of each decade where it spans few."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < low * 10**most_decades else (1.0,)))
-    axis.set_major_formatter("{x:g}")
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _legend(figure: Figure, panel: Axes) -> None:
-    """Put one legend under all panels, in as few rows as the names allow."""
-    entries = panel.get_legend_handles_labels()
-    widths = [len(label) + 12 for label in entries[1]]  # in letters, with the line and the gaps
-
-    def fits(columns: int) -> bool:
-        rows = math.ceil(len(widths) / columns)
-        return sum(max(widths[i : i + rows]) for i in range(0, len(widths), rows)) <= 10 * figure.get_figwidth()
-
-    columns = max(filter(fits, range(1, len(widths) + 1)), default=1)
-    figure.legend(
-        *entries, loc="outside lower center", ncols=columns, fontsize=_FONT - 1, frameon=False, handlelength=3
-    )

@@ -162,6 +162,42 @@ class Preconditioning(FixedPrecisionModule):
         c_skip, c_out = (expand_to(c.to(compute), x_t) for c in self._wide(t, s, x_t.device))
         return (c_skip * x_t + c_out * denoised).to(dtype)
 
+    def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        r"""Return the denoiser output with which the jump lands on ``x_s``: the inverse of `jump`.
+
+        $$D^* = (x_s - c_{skip}\, x_t) / c_{out}$$
+
+        A short jump divides by a small ``c_out``, and whatever error ``x_s`` has with it: compute ``x_s`` in float64.
+
+        Args:
+            x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
+            x_s: Where the jump is to land. Shape of ``x_t``.
+            t: Noise levels to start from. Shape ``(B,)``, or one for all.
+            s: Noise levels to reach, below ``t``. Shape ``(B,)``, or one for all.
+
+        Returns:
+            The output, computed and returned in float64 (float32 where a device has none). Shape of ``x_t``. Off the
+            CPU, where s = t is not looked for, such samples are NaN.
+
+        Raises:
+            TypeError: If an argument is not a floating-point tensor.
+            ValueError: If the shapes do not fit, or s = t, where the jump ignores the denoiser.
+        """
+        check_tensor(x_t, "x_t")
+        check_tensor(x_s, "x_s")
+        if x_s.shape != x_t.shape:
+            raise ValueError(f"x_s must have x_t's shape {tuple(x_t.shape)}, got {tuple(x_s.shape)}.")
+        c_skip, c_out = (expand_to(c, x_t) for c in self._wide(t, s, x_t.device))
+        trivial = c_out == 0
+        if x_t.device.type == "cpu" and not torch.compiler.is_compiling() and bool(trivial.any()):
+            index = int(trivial.flatten().nonzero()[0])
+            raise ValueError(
+                f"t > s needed, got s = t at position {index}: a jump from a level to itself lands on x_t whatever the "
+                f"denoiser returns."
+            )
+        required = (x_s.to(c_out.dtype) - c_skip * x_t.to(c_out.dtype)) / c_out
+        return torch.where(trivial, torch.nan, required)
+
     def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
         """Return the coefficients in float64, after all checks."""
         for level, name in ((t, "t"), (s, "s")):

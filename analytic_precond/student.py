@@ -3,7 +3,7 @@ r"""Students: a network, EDM's scalings around it, and a preconditioning that ma
 $$D_\theta = c^{EDM}_{skip}\, x + c^{EDM}_{out}\, F(c^{EDM}_{in}\, x, c_{noise}), \qquad
   x_s = c_{skip}(t, s)\, x_t + c_{out}(t, s)\, D_\theta$$
 
-The network is called in its own dtype, but is told the noise levels in float32 or wider: half precision cannot tell
+The network is called in its own dtype, but is told the noise levels in float32 at least: half precision cannot tell
 neighbouring levels apart. Coefficients are computed in float64 and cast once.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ._checks import check_noise_level, check_positive, network_dtype
 from .noise_levels import expand_to
-from .preconditioning import EDMPreconditioning, Preconditioning
+from .preconditioning import ROUNDING, EDMPreconditioning, Preconditioning
 
 NoiseConditioning = Callable[[Tensor], Tensor]
 
@@ -67,7 +67,9 @@ class Student(nn.Module):
         else:
             c_noise = [edm.c_noise, *(self.edm(t).c_noise for t in per_sample[1:])]
 
-        output = self.network((c_in * x).to(network_dtype(self.network, x.dtype)), *c_noise, **condition)
+        dtype = network_dtype(self.network, x.dtype)
+        told = torch.promote_types(dtype, torch.float32)  # float64 grids must not reach a float32 network's embedding
+        output = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **condition)
         if output.shape != x.shape:
             raise ValueError(
                 f"the network must return x's shape {tuple(x.shape)}, got {tuple(output.shape)}: drop extra channels, "
@@ -166,19 +168,38 @@ class ConsistencyModel(Student):
             check_positive(sigma_min, "sigma_min")
         self.sigma_min = float(sigma_min)
 
-    def forward(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
         """Jump from ``t`` to ``sigma_min`` in one call of the network.
 
         Args:
             x_t: Noisy data. Shape ``(B, ...)``.
             t: Noise levels of ``x_t``. Shape ``(B,)``, or one for all.
+            s: May be left out, or must be ``sigma_min``, to float32 rounding: losses and samplers call all students
+                alike. As in `Preconditioning`, other levels give NaN where looking at them would stall the device.
             **condition: Handed to the network.
 
         Returns:
             The data at noise level ``sigma_min``. Shape and dtype of ``x_t``.
         """
-        return self.precond.jump(x_t, self._denoiser(x_t, t, **condition), t, self.sigma_min).to(x_t.dtype)
+        s = self.sigma_min if s is None else self._target(s, x_t)
+        return self.precond.jump(x_t, self._denoiser(x_t, t, **condition), t, s).to(x_t.dtype)
 
     def denoise(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
         """Return the denoiser that the student contains. Shape and dtype of ``x_t``."""
         return self._denoiser(x_t, t, **condition).to(x_t.dtype)
+
+    def _target(self, s: Tensor | float, x: Tensor) -> Tensor:
+        """Return ``s``, NaN where it is not ``sigma_min``; refuse that where the values can be read."""
+        s = self._per_sample(s, x, torch.promote_types(x.dtype, torch.float32))
+        reached = (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
+        if s.device.type == "cpu" and not torch.compiler.is_compiling():
+            try:
+                all_reached = bool(reached.all())
+            except RuntimeError:  # torch.vmap
+                all_reached = True
+            if not all_reached:
+                raise ValueError(
+                    f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got "
+                    f"{s[~reached][0].item():.9g}: leave s out, or take a ConsistencyTrajectoryModel."
+                )
+        return torch.where(reached, s, torch.nan)

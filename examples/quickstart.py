@@ -46,12 +46,13 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A U-Net of three resolutions with 0.2 million parameters."""
+    """A U-Net of three resolutions with 0.2 million parameters, told one noise level or (a student) two."""
 
-    def __init__(self, w: int = 16, e: int = 64) -> None:
+    def __init__(self, w: int = 16, e: int = 64, two_times: bool = False) -> None:
         super().__init__()
         self.register_buffer("frequencies", 2.0 ** torch.linspace(-1, 1, e // 4))
         self.embed = nn.Sequential(nn.Linear(e // 2, e), nn.SiLU(), nn.Linear(e, e), nn.SiLU())
+        self.embed_target = nn.Sequential(nn.Linear(e // 2, e), nn.SiLU(), nn.Linear(e, e)) if two_times else None
         self.enter = nn.Conv2d(3, w, 3, padding=1)
         self.down = nn.ModuleList([ResidualBlock(w, w, e), ResidualBlock(w, 2 * w, e), ResidualBlock(2 * w, 4 * w, e)])
         self.middle = ResidualBlock(4 * w, 4 * w, e)
@@ -59,16 +60,21 @@ class UNet(nn.Module):
         self.leave = nn.Conv2d(w, 3, 3, padding=1)
         nn.init.zeros_(self.leave.weight)
 
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Return the raw output F. Shapes: ``x`` (B, 3, H, W), ``c_noise`` (B,)."""
-        phase = c_noise[:, None] * self.frequencies
-        embedding = self.embed(torch.cat([phase.sin(), phase.cos()], 1))
+    def forward(self, x: Tensor, c_noise: Tensor, c_target: Tensor | None = None) -> Tensor:
+        """Return the raw output F. Shapes: ``x`` (B, 3, H, W), ``c_noise`` and ``c_target`` (B,)."""
+        embedding = self.embed(self._waves(c_noise))
+        if self.embed_target is not None and c_target is not None:
+            embedding = embedding + self.embed_target(self._waves(c_target))
         fine = self.down[0](self.enter(x), embedding)
         medium = self.down[1](F.avg_pool2d(fine, 2), embedding)
         coarse = self.middle(self.down[2](F.avg_pool2d(medium, 2), embedding), embedding)
         medium = medium + F.interpolate(self.up[0](coarse, embedding), scale_factor=2.0)
         fine = fine + F.interpolate(self.up[1](medium, embedding), scale_factor=2.0)
         return self.leave(F.silu(self.up[2](fine, embedding)))
+
+    def _waves(self, c_noise: Tensor) -> Tensor:
+        phase = c_noise[:, None] * self.frequencies
+        return torch.cat([phase.sin(), phase.cos()], 1)
 
 
 class NetworkTeacher(nn.Module):

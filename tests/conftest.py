@@ -1,7 +1,25 @@
 """Settings of all tests."""
 
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+
+import pytest
+import torch.distributed as dist
 from hypothesis import settings
 
 # the same examples on every machine, and no time limit on each: machines are shared
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A torch.distributed group of one process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edm_stand_in import EDMPrecond, PositionalEmbedding, SongUNet
 from torch import Tensor, nn
 
 import analytic_precond as ap
@@ -171,55 +172,11 @@ def test_openai_cm() -> None:
 # NVlabs/edm
 
 
-class PositionalEmbedding(nn.Module):
-    """From (B,) to (B, 16)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        angle = x[:, None] * 2.0 ** torch.arange(8)
-        return torch.cat([angle.cos(), angle.sin()], dim=1)
-
-
-class SongUNet(nn.Module):
-    """As training/networks.py: network(x, noise_labels, class_labels, augment_labels=None)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.map_noise = PositionalEmbedding()
-        self.map_augment = nn.Linear(9, 16, bias=False)
-        self.map_layer0, self.map_layer1 = nn.Linear(16, 16), nn.Linear(16, 16)
-        self.enter, self.exit = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
-
-    def forward(
-        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
-    ) -> Tensor:
-        emb = self.map_noise(noise_labels)
-        if self.map_augment is not None and augment_labels is not None:
-            emb = emb + self.map_augment(augment_labels)
-        emb = self.map_layer1(nn.functional.silu(self.map_layer0(emb)))
-        return self.exit(nn.functional.silu(self.enter(x) + emb[:, :, None, None]))
-
-
 class GoldenEDMNetwork(nn.Module):
     """The closed form, called as an EDM network."""
 
     def forward(self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None) -> Tensor:
         return golden_network(x, 1000 * noise_labels)
-
-
-class EDMPrecond(nn.Module):
-    """As training/networks.py: net(x, sigma, class_labels)."""
-
-    label_dim = 0
-
-    def __init__(self, model: nn.Module, sigma_data: float = 0.5) -> None:
-        super().__init__()
-        self.model, self.sigma_data = model, sigma_data
-
-    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        x, sigma = x.to(torch.float32), sigma.to(torch.float32).reshape(-1, 1, 1, 1)
-        total = sigma**2 + self.sigma_data**2
-        F_x = self.model(x / total.sqrt(), (sigma.log() / 4).flatten(), class_labels=class_labels)
-        return self.sigma_data**2 / total * x + sigma * self.sigma_data / total.sqrt() * F_x
 
 
 def test_edm() -> None:
@@ -499,25 +456,26 @@ def test_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
     unet = diffusers.UNet2DModel(**size, **layers).eval().requires_grad_(False)
     namespace: Namespace = {"append_dims": append_dims, "Tensor": Tensor, "images": images(num=32)}
-    namespace |= {"teacher_unet": unet, "scheduler": diffusers.DDPMScheduler()}
+    namespace |= {"teacher_unet": unet, "scheduler": diffusers.DDPMScheduler(), "unet": unet}
     run_page("diffusers.md", namespace, diffusers_training)
 
-    # script and scheduler agree, with any preconditioning; with CM's the numbers are diffusers' own
-    sampler, x, t = namespace["sampler"], 80 * images(num=2), torch.full((2,), 80.0)
-    for precond, reference in (
-        (namespace["precond"], sampler),
-        (
-            ap.CMPreconditioning(sigma_min=0.02),
-            diffusers.CMStochasticIterativeScheduler(sigma_min=0.02, clip_denoised=False),
-        ),
-    ):
+    # script and scheduler agree, with any preconditioning; with CM's, diffusers' own scheduler does too
+    x, t = 80 * images(num=2), torch.full((2,), 80.0)
+    cm = diffusers.CMStochasticIterativeScheduler(sigma_min=0.02, clip_denoised=False)
+    model = namespace["model"]
+    model.precond = ap.CMPreconditioning(sigma_min=0.02)
+    own = ap.ConsistencyJumpScheduler.from_student(model, ap.karras_noise_levels(40, 0.02, 80.0))
+    for precond, schedulers in ((namespace["precond"], [namespace["sampler"]]), (model.precond, [own, cm])):
         namespace["precond"] = precond
-        reference.set_timesteps(1)
         student = namespace["diffusers_training"](unet, t, t, SimpleNamespace(sigma_min=0.02))
-        (timestep,) = reference.timesteps
-        output = unet(reference.scale_model_input(x, timestep), timestep).sample
-        # float32, x up to 80
-        torch.testing.assert_close(student(x), reference.step(output, timestep, x).prev_sample, rtol=1e-4, atol=1e-4)
+        for scheduler in schedulers:
+            scheduler.set_timesteps(1)
+            (timestep,) = scheduler.timesteps
+            output = unet(scheduler.scale_model_input(x, timestep), timestep).sample
+            # float32, x up to 80
+            torch.testing.assert_close(
+                student(x), scheduler.step(output, timestep, x).prev_sample, rtol=1e-4, atol=1e-4
+            )
 
 
 # the pages themselves

@@ -19,6 +19,7 @@ GOLDEN = {
 }
 OUTERS = ("euler", "variance", "euler_variance_mixed")
 X, T, S = GOLDEN["x"], GOLDEN["t"], GOLDEN["s"]
+MOVES = T > S  # one of the golden jumps goes from a level to itself
 
 
 def analytic(**kwargs: object) -> ap.AnalyticPreconditioning:
@@ -88,6 +89,43 @@ def test_read_out_recovers_the_denoiser(precond: ap.Preconditioning) -> None:
     slope = torch.func.jvp(lambda s: precond.jump(x, denoised, t, s), (t,), (torch.ones_like(t),))[1]
     # the tables hold N' = L S to 1e-12
     torch.testing.assert_close(x - t * slope, denoised, rtol=1e-9, atol=1e-9)
+
+
+@every
+def test_required_output_inverts_the_jump(precond: ap.Preconditioning) -> None:
+    x, t, s = X[MOVES], T[MOVES], S[MOVES]
+    required = precond.required_output(x, precond.jump(x, torch.sin(x), t, s), t, s)
+    # float64's rounding of x_t, 200 * 1e-16, over the smallest c_out of these jumps
+    torch.testing.assert_close(required, torch.sin(x), rtol=0, atol=1e-11)
+
+    half = x.bfloat16()
+    narrow = precond.required_output(half, 2 * half, t.float(), 0.002)
+    assert narrow.dtype == torch.float64
+    assert torch.equal(narrow, precond.required_output(half.double(), 2 * half.double(), t.float(), 0.002))
+
+
+def test_required_output_of_an_euler_step_is_its_velocity() -> None:
+    """CTM's Euler jump is x_s = x_t + (s - t) (x_t - D) / t."""
+    x = X[MOVES]
+    t, s = ap.expand_to(T[MOVES], x), ap.expand_to(S[MOVES], x)
+    required = ap.CTMPreconditioning().required_output(x, torch.cos(x), T[MOVES], S[MOVES])
+    torch.testing.assert_close(required, x - t * (torch.cos(x) - x) / (s - t), rtol=1e-12, atol=1e-12)
+
+
+@every
+def test_nothing_is_required_of_a_jump_from_a_level_to_itself(precond: ap.Preconditioning) -> None:
+    t = torch.tensor([1.0, 2.0])
+    with pytest.raises(ValueError, match=r"t > s needed, got s = t at position 1: .* whatever the denoiser"):
+        precond.required_output(t[:, None], t[:, None], t, torch.tensor([0.5, 2.0]))
+    with pytest.raises(ValueError, match=r"s <= t.*got t = 1, s = 2 at position 0"):
+        precond.required_output(t[:, None], t[:, None], 1.0, 2.0)
+    with pytest.raises(ValueError, match=r"x_s must have x_t's shape \(2, 1\), got \(2,\)"):
+        precond.required_output(t[:, None], t, 2.0, 1.0)
+    with pytest.raises(TypeError, match=r"x_s must be a torch\.Tensor, got float"):
+        precond.required_output(t[:, None], 1.0, 2.0, 1.0)  # type: ignore[arg-type]
+
+    compiled = torch.compile(precond.required_output, fullgraph=True, backend="eager")
+    assert torch.isnan(compiled(t, 2 * t, t, torch.tensor([0.5, 2.0]))).tolist() == [False, True]
 
 
 @every

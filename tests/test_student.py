@@ -197,6 +197,38 @@ def test_bad_input(call: Callable[..., object], error: type[Exception], message:
         call(make(), x, t)
 
 
+@pytest.mark.parametrize("precond", [ap.CTMPreconditioning(), ap.CMPreconditioning(), analytic()])
+def test_consistency_model_takes_the_target_that_it_has(precond: ap.Preconditioning) -> None:
+    model = ap.ConsistencyModel(Network(two_times=False), precond)
+    x, t, s = *batch()[:2], torch.full((4,), 0.002)
+    expected = model(x, t)
+    for target in (s, s[0], 0.002, s.double(), torch.tensor([0.0019999996])):  # what float32 grids end with
+        torch.testing.assert_close(model(x, t, target), expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(model(x, s, s), x)
+
+    calls: list[Tensor] = []
+    model = ap.ConsistencyModel(lambda x, c_t: calls.append(x), precond)
+    for other in (s.clone().index_fill_(0, torch.tensor(2), 0.003), 0.0, t):
+        with pytest.raises(ValueError, match=r"s must be sigma_min = 0\.002, .* got .*: leave s out"):
+            model(x, t, other)
+    with pytest.raises(TypeError, match=r"write 1\.0"):
+        model(x, t, 1)
+    with pytest.raises(ValueError, match=r"one noise level per sample"):
+        model(x, t, s[:2])
+    assert not calls
+
+
+def test_consistency_model_gives_nan_where_values_are_not_read() -> None:
+    torch._dynamo.reset()
+    model = ap.ConsistencyModel(lambda x, c_t: 0 * x, ap.CTMPreconditioning())
+    x, t, s = *batch()[:2], torch.tensor([0.002, 0.003, 0.002, 0.0])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")(x, t, s)
+    mapped = torch.vmap(lambda x, t, s: model(x[None], t[None], s[None])[0])(x, t, s)
+    for result in (compiled, mapped):
+        assert result.flatten(1).isnan().all(1).tolist() == [False, True, False, True]
+        torch.testing.assert_close(result[::2], model(x, t)[::2])
+
+
 def gradients(student: nn.Module, args: tuple[Tensor, ...]) -> list[Tensor]:
     student.zero_grad()
     student(*args).square().mean().backward()

@@ -1,0 +1,236 @@
+r"""The teacher's probability-flow ODE, $dx/dt = (x - D(x, t)) / t$: velocity, Euler and Heun steps, whole solutions.
+
+Steps go either way: towards the data (s < t) or towards the noise (s > t). Level arithmetic is done in float64, the
+rest in float32 or wider. The teacher is called in its own dtype: that of its parameters, or of ``x`` where it has none;
+a `NetworkDenoiser`, which casts by itself, gets ``x`` in float32 or wider. Everything is differentiable: where no
+gradients are wanted, as in a distillation target, call under `torch.no_grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ._checks import check_choice, check_tensor, network_dtype, wide_dtype
+from .adapters import NetworkDenoiser
+from .noise_levels import expand_to
+from .ode_arguments import check_grid, per_sample, state_dtype, widen
+from .teacher import Denoiser
+
+
+def probability_flow_velocity(denoiser: Denoiser, x: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
+    r"""Return the velocity of the probability-flow ODE, $dx/dt = (x - D(x, t)) / t$.
+
+    (Karras et al. 2022, equations 1 and 3 with $\sigma(t) = t$.)
+
+    Args:
+        denoiser: The teacher $D$.
+        x: Noisy data. Shape ``(B, ...)``.
+        t: Noise levels of ``x``, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling, levels
+            out of range give NaN instead of an error.
+        **condition: Handed to the teacher.
+
+    Returns:
+        The velocity. Shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit or a level is not positive.
+
+    Example:
+        >>> teacher = lambda x, t: 0 * x  # all data are 0
+        >>> probability_flow_velocity(teacher, torch.tensor([[3.0]]), torch.tensor([2.0]))
+        tensor([[1.5000]])
+    """
+    velocity = Velocity.of(denoiser, x, condition)
+    return velocity(widen(x), per_sample(t, x, "t")).to(x.dtype)
+
+
+def euler_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | float, **condition: Any) -> Tensor:
+    r"""Carry ``x`` along the probability-flow ODE from noise level ``t`` to ``s`` by one Euler step.
+
+    One teacher call, local error $O((t - s)^2)$; to s = 0 the step returns $D(x, t)$:
+
+    $$x_s = x + (s - t)\, v(x, t), \qquad v(x, t) = (x - D(x, t)) / t$$
+
+    Args:
+        denoiser: The teacher $D$.
+        x: Noisy data at level ``t``. Shape ``(B, ...)``.
+        t: Noise levels to start from, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling,
+            levels out of range give NaN instead of an error.
+        s: Noise levels to reach, above or below ``t``, at least 0. Shape ``(B,)``, or one for all.
+        **condition: Handed to the teacher.
+
+    Returns:
+        The data at noise level ``s``. Shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit or a level is out of range.
+
+    Example:
+        >>> teacher = lambda x, t: 0 * x  # all data are 0
+        >>> euler_step(teacher, torch.tensor([[3.0]]), 2.0, 0.5)
+        tensor([[0.7500]])
+    """
+    velocity = Velocity.of(denoiser, x, condition)
+    return euler(velocity, x, per_sample(t, x, "t"), per_sample(s, x, "s", zero=True))
+
+
+def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | float, **condition: Any) -> Tensor:
+    r"""Carry ``x`` along the probability-flow ODE from noise level ``t`` to ``s`` by one step of Heun's method.
+
+    Two teacher calls, local error $O(|t - s|^3)$:
+
+    $$x_s = x + (s - t) \frac{v(x, t) + v(x + (s - t)\, v(x, t),\, s)}{2}, \qquad v(x, t) = (x - D(x, t)) / t$$
+
+    Samples whose s is 0, where v is not defined, get the Euler step (Karras et al. 2022, algorithm 1).
+
+    Args:
+        denoiser: The teacher $D$.
+        x: Noisy data at level ``t``. Shape ``(B, ...)``.
+        t: Noise levels to start from, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling,
+            levels out of range give NaN instead of an error.
+        s: Noise levels to reach, above or below ``t``, at least 0. Shape ``(B,)``, or one for all.
+        **condition: Handed to the teacher.
+
+    Returns:
+        The data at noise level ``s``. Shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit or a level is out of range.
+
+    Example:
+        >>> from analytic_precond.exact import GaussianDenoiser
+        >>> teacher = GaussianDenoiser(1.0)  # the flow is proportional to sqrt(1 + t^2)
+        >>> x_s = heun_step(teacher, torch.tensor([[2.0]]), torch.tensor([1.0]), torch.tensor([0.9]))
+        >>> round(x_s.item(), 3), round(2.0 * (1.81 / 2) ** 0.5, 3)
+        (1.903, 1.903)
+    """
+    velocity = Velocity.of(denoiser, x, condition)
+    return heun(velocity, x, per_sample(t, x, "t"), per_sample(s, x, "s", zero=True))
+
+
+def solve_ode(
+    denoiser: Denoiser,
+    x: Tensor,
+    levels: Tensor,
+    method: str = "heun",
+    *,
+    trajectory: bool = False,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+    **condition: Any,
+) -> Tensor:
+    r"""Carry ``x`` along the probability-flow ODE over a grid of noise levels.
+
+    Downwards this is sampling, upwards encoding. Heun's method calls the teacher twice per step, Euler's once; the step
+    to a final 0 is always an Euler step, as in EDM's sampler.
+
+    Args:
+        denoiser: The teacher $D$.
+        x: Noisy data at ``levels[0]``. Shape ``(B, ...)``. To sample: ``levels[0]`` times standard normal noise.
+        levels: Noise levels, strictly decreasing or strictly increasing; the last one may be 0. Shape ``(K,)`` with
+            ``K >= 2``. Their values are read: on the CPU they cost no synchronisation.
+        method: ``"heun"`` (second order) or ``"euler"`` (first order).
+        trajectory: Return the data at every level instead of the last.
+        dtype: The dtype that the data are carried in and returned in. Default: ``x``'s. torch.float64 avoids the
+            rounding of many small steps; the teacher is called in its own dtype all the same.
+        progress: Show a progress bar.
+        **condition: Handed to the teacher.
+
+    Returns:
+        The data at ``levels[-1]``, shape of ``x``; the trajectory has shape ``(K, B, ...)`` and starts with ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit, levels are not as described, or the method is unknown.
+
+    Example:
+        >>> teacher = lambda x, t: 0 * x  # all data are 0: x / t stays what it is
+        >>> solve_ode(teacher, torch.tensor([[4.0]]), torch.tensor([8.0, 2.0, 0.0]), trajectory=True).flatten()
+        tensor([4., 1., 0.])
+    """
+    check_choice(method, STEPS, "method")
+    velocity = Velocity.of(denoiser, x, condition)
+    reaches_zero = check_grid(levels)
+    x = x.to(state_dtype(dtype, x))
+
+    grid = levels.to(x.device, wide_dtype(x.device))
+    states = [x]
+    for i in tqdm(range(len(grid) - 1), desc="ODE", unit="step", disable=not progress):
+        last = reaches_zero and i == len(grid) - 2
+        step = euler if last else STEPS[method]
+        x = step(velocity, x, grid[i].expand(len(x)), grid[i + 1].expand(len(x)))
+        if trajectory:
+            states.append(x)
+    return torch.stack(states) if trajectory else x
+
+
+@dataclass(frozen=True)
+class Velocity:
+    """The velocity of a teacher's ODE as a function of x and t, the teacher called in its own dtype.
+
+    Attributes:
+        denoiser: The teacher.
+        dtype: What it is called in.
+        condition: What every call hands to it.
+    """
+
+    denoiser: Denoiser
+    dtype: torch.dtype
+    condition: Mapping[str, Any]
+
+    @staticmethod
+    def of(denoiser: Denoiser, x: Tensor, condition: Mapping[str, Any]) -> Velocity:
+        """Return the velocity for data that come as ``x`` does, once both are checked."""
+        if not callable(denoiser):
+            raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
+        check_tensor(x, "x")
+        if x.ndim == 0:
+            raise ValueError("x must be a batch of shape (B, ...), got shape (): add dimensions.")
+        modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
+        if any(isinstance(module, NetworkDenoiser) for module in modules):  # guided and compiled ones too
+            return Velocity(denoiser, torch.promote_types(x.dtype, torch.float32), condition)
+        return Velocity(denoiser, network_dtype(denoiser, x.dtype), condition)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return (x - D) / t in x's dtype. Shapes: ``x`` (B, ...), ``t`` (B,)."""
+        own = (tensor.to(self.dtype, copy=True) for tensor in (x, t))  # the teacher may overwrite what it gets
+        denoised = self.denoiser(*own, **self.condition)
+        if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
+            got = denoised.dtype if isinstance(denoised, Tensor) else type(denoised).__name__
+            raise TypeError(f"the teacher must return a floating-point tensor, got {got}: unwrap its output.")
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"the teacher must return x's shape {tuple(x.shape)}, got {tuple(denoised.shape)}: drop extra channels "
+                f"(a learned variance?) in an adapter."
+            )
+        return (x - denoised.to(x.dtype)) / expand_to(t, x).to(x.dtype)
+
+
+def euler(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Take an Euler step between valid levels of shape (B,)."""
+    z = widen(x)
+    dt = expand_to(s - t, z).to(z.dtype)
+
+    return (z + dt * velocity(z, t)).to(x.dtype)
+
+
+def heun(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Take a step of Heun's method between valid levels of shape (B,), an Euler step to 0."""
+    z = widen(x)
+    dt, to_zero = expand_to(s - t, z).to(z.dtype), expand_to(s, z) == 0
+
+    v_t = velocity(z, t)
+    v_s = velocity(z + dt * v_t, torch.where(s == 0, t, s))  # to 0: any level that has a velocity
+    return (z + dt * torch.where(to_zero, v_t, (v_t + v_s) / 2)).to(x.dtype)
+
+
+STEPS: Mapping[str, Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]] = {"euler": euler, "heun": heun}

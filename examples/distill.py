@@ -1,0 +1,199 @@
+"""Distil a teacher into a student that needs one or two steps: Consistency Trajectory Models, complete, on a CPU.
+
+As it stands it trains the quickstart's small U-Net on photograph patches and distils it, in a few minutes. Run it with
+``python examples/distill.py``; a run that was interrupted goes on, bit for bit, when started again. ``--teacher`` takes
+an EDM checkpoint (``network-snapshot-*.pkl``), ``--data`` a folder or zip file of its training images.
+"""
+
+import argparse
+import copy
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from quickstart import NetworkTeacher, UNet, load_patches, train_teacher
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import analytic_precond as ap
+
+STEPS = (1, 2, 4)  # that samples are made in
+
+
+def load_images(path: Path) -> Tensor:
+    """Read the images of a folder or zip file, all of one size, as RGB in [-1, 1]. Shape ``(N, 3, H, W)``."""
+    archive = zipfile.ZipFile(path) if path.suffix == ".zip" else None
+    names = sorted(archive.namelist() if archive else map(str, path.rglob("*")))
+    names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
+    if not names:
+        raise SystemExit(f"--data: expected png, jpg or webp images, found none in {path}")
+    images = [np.asarray(Image.open(archive.open(name) if archive else name).convert("RGB")) for name in tqdm(names)]
+    if len(shapes := {image.shape for image in images}) > 1:
+        raise SystemExit(f"--data: expected images of one size, got {sorted(shapes)}: crop and resize them first")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+class TargetTime(nn.Module):
+    """A raw EDM network that is also told where to jump to, through its slot for augmentation labels."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, channels = network, network.map_layer0.in_features
+        layers = nn.Linear(channels, channels), nn.SiLU(), nn.Linear(channels, channels)
+        network.map_augment = nn.Sequential(copy.deepcopy(network.map_noise), *layers)
+
+    def forward(self, x: Tensor, c_noise: Tensor, c_target: Tensor) -> Tensor:
+        """Return the raw output F."""
+        return self.network(x, c_noise, None, augment_labels=c_target)
+
+
+def load_teacher(path: Path | None, data: Tensor, output: Path) -> tuple[ap.Denoiser, nn.Module, float]:
+    """Return the teacher, a two-time network that starts as its copy, and the data's standard deviation."""
+    if path is None or path.suffix == ".safetensors":
+        path = output / "teacher.safetensors" if path is None else path
+        if not path.exists():
+            trained = train_teacher(data, data.std().item())
+            save_file({**trained.network.state_dict(), "sigma_data": torch.tensor(trained.edm.sigma_data)}, path)
+        weights = load_file(path)
+        teacher = NetworkTeacher(UNet(), weights.pop("sigma_data").item())
+        teacher.network.load_state_dict(weights)
+        network, sigma_data = UNet(two_times=True), teacher.edm.sigma_data
+        ap.initialize_from_teacher(network, teacher.network, zero=["embed_target.2"])
+        return teacher.eval().requires_grad_(False), network, sigma_data
+
+    print(f"WARNING: {path} is a pickle, and loading it runs the code in it. Go on only with files that you trust.")
+    try:
+        with path.open("rb") as file:
+            net = pickle.load(file)["ema"].eval().requires_grad_(False).float()
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"--teacher: {error}: EDM's checkpoints need its code; put NVlabs/edm on PYTHONPATH"
+        ) from error
+    if getattr(net, "label_dim", 0):
+        raise SystemExit(f"--teacher: expected an unconditional network, got one with {net.label_dim} classes")
+    network = TargetTime(copy.deepcopy(net.model))
+    ap.initialize_from_teacher(network.network, net.model, zero=["map_augment.3"])
+    return ap.denoiser_from_edm(net), network.requires_grad_(True), float(net.sigma_data)
+
+
+def save(state: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint; one that is interrupted leaves the last one as it was."""
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def draw(history: list[list[float]], rows: dict[str, Tensor], output: Path) -> None:
+    """Write the training curves, and samples from the same noise in rows."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    panel = figure.subplots()
+    iterations, *curves = zip(*history, strict=True)
+    for steps, curve in zip(STEPS, curves, strict=True):
+        panel.plot(iterations, curve, label=f"steps: {steps}", marker=".")
+    panel.set(xlabel="iteration", ylabel="RMS distance to the teacher's samples", ylim=(0, None))
+    panel.legend()
+    figure.savefig(output / "curves.png", dpi=150)
+
+    figure = Figure(figsize=(12, 0.85 * len(rows)), layout="constrained")
+    panels = figure.subplots(len(rows), 1)
+    for panel, (label, images) in zip(panels, rows.items(), strict=True):
+        strip = torch.cat(list(images[:16]), 2).permute(1, 2, 0)
+        panel.imshow((strip.float().clamp(-1, 1) + 1) / 2)
+        panel.set_ylabel(label, rotation=0, ha="right", va="center")
+        panel.set(xticks=[], yticks=[])
+    figure.savefig(output / "samples.png", dpi=150)
+
+
+def main() -> None:
+    """Train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("distill_output"), help="folder for all files")
+    parser.add_argument("--teacher", type=Path, help="EDM checkpoint (.pkl), or an example's teacher.safetensors")
+    parser.add_argument("--data", type=Path, help="folder or zip file of images; default: photograph patches")
+    parser.add_argument("--preconditioning", choices=("analytic", "ctm"), default="analytic")
+    parser.add_argument("--iterations", type=int, default=600)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--num-levels", type=int, default=18, help="levels of the training grid")
+    parser.add_argument("--max-steps", type=int, default=17, help="most teacher steps in one jump")
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--ema", type=float, default=0.99, help="decay of the average; the paper takes 0.999")
+    parser.add_argument("--num-samples", type=int, default=512, help="noisy samples per level for the statistics")
+    parser.add_argument("--save-every", type=int, default=50, help="iterations between checkpoints")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    # the teacher, its statistics, the student
+    data = load_images(args.data) if args.data else load_patches()
+    teacher, network, sigma_data = load_teacher(args.teacher, data, args.output)
+    teacher = teacher.to(args.device)
+    if not (statistics := args.output / "statistics.safetensors").exists():
+        ap.estimate_statistics(teacher, data, num_samples=args.num_samples, description="teacher").save(statistics)
+    precond: ap.Preconditioning = ap.CTMPreconditioning(sigma_data=sigma_data)
+    if args.preconditioning == "analytic":
+        precond = ap.AnalyticPreconditioning(ap.TeacherStatistics.load(statistics), sigma_data=sigma_data)
+    student = ap.ConsistencyTrajectoryModel(network, precond, sigma_data).to(args.device).train()
+    average = ap.exponential_moving_average(student, args.ema)
+    last_layer = [p for p in network.parameters() if p.ndim > 1][-1]
+    optimizer = torch.optim.RAdam(student.parameters(), lr=args.learning_rate)
+
+    # what the student is compared with: the teacher's own samples from the same noise
+    levels = ap.karras_noise_levels(args.num_levels)
+    start = 80.0 * ap.draw_noise((64, *data.shape[1:]), torch.Generator().manual_seed(1), device=args.device)
+    with torch.no_grad():
+        ends = ap.solve_ode(teacher, start, ap.karras_noise_levels(40))
+    paths = {n: torch.linspace(0, args.num_levels - 1, n + 1).round().long().unique() for n in STEPS}
+
+    # a checkpoint holds all that the next iteration depends on
+    generator, first, history = torch.Generator().manual_seed(0), 0, []
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("output", "iterations", "save_every", "device")}
+    checkpoint = args.output / "checkpoint.pt"
+    parts = {"student": student, "average": average, "optimizer": optimizer}
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True, map_location=args.device)
+        if state["settings"] != settings:
+            raise SystemExit(f"{checkpoint} is of another run, {state['settings']}: choose another --output")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        generator.set_state(state["generator"].cpu())
+        torch.set_rng_state(state["dropout"].cpu())
+        first, history = state["iteration"], state["history"]
+
+    bar = tqdm(initial=first, total=args.iterations, desc="distilling")
+    for iteration in range(first, args.iterations + 1):
+        due = iteration % args.save_every == 0 or iteration == args.iterations
+        if due and (not history or history[-1][0] < iteration):
+            rows = {f"{n} steps": ap.sample_deterministic(average, start, levels[path]) for n, path in paths.items()}
+            history.append([iteration, *((images - ends).square().mean().sqrt().item() for images in rows.values())])
+            bar.set_postfix({name: f"{value:.4f}" for name, value in zip(rows, history[-1][1:], strict=True)})
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"generator": generator.get_state(), "dropout": torch.get_rng_state(), "iteration": iteration}
+            save(state | {"settings": settings, "history": history}, checkpoint)
+            draw(history, {"teacher": ends, **rows}, args.output)
+        if iteration == args.iterations:
+            break
+
+        x_0 = data[torch.randint(len(data), (args.batch_size,), generator=generator)].to(args.device)
+        noise = torch.randn(x_0.shape, generator=generator).to(args.device)
+        times = ap.sample_jump_times(args.batch_size, levels, args.max_steps, generator)
+        loss = ap.trajectory_distillation_loss(teacher, student, average, x_0, noise, times).loss
+        t = ap.sample_lognormal_noise_levels(args.batch_size, generator=generator).to(args.device)
+        denoising = ap.denoising_loss(student.denoise, x_0, noise, t, sigma_data=sigma_data).loss
+        total = loss + ap.adaptive_balance(loss, denoising, last_layer) * denoising
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+        average.update_parameters(student)
+        bar.update()
+    bar.close()
+    print(f"checkpoint, curves.png and samples.png are in {args.output.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
