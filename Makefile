@@ -14,7 +14,7 @@ test: $(VENV)/dev-installed
 	$(RUN)ruff format --check .
 	$(RUN)mypy
 	$(RUN)lint-imports
-	$(RUN)pytest -q
+	OMP_NUM_THREADS=1 $(RUN)pytest -q -n auto
 
 $(VENV)/examples-installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(INSTALL) --editable ".[examples]"

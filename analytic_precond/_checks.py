@@ -89,9 +89,26 @@ def check_choice(value: object, known: Iterable[str], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}.")
 
 
+def check_reached(reached: object, x: Tensor) -> None:
+    """Refuse a student's answer to ``x`` unless it is a tensor of the same shape."""
+    if not isinstance(reached, Tensor) or reached.shape != x.shape:
+        got = tuple(reached.shape) if isinstance(reached, Tensor) else type(reached).__name__
+        raise ValueError(
+            f"the student must return a tensor of x's shape {tuple(x.shape)}, got {got}: unwrap output objects, and "
+            f"drop extra channels, in a function around it."
+        )
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
     """The widest floating dtype that the device computes in: float64, but float32 on Apple's MPS."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a number or a tensor on a device without waiting for it, as copying from the CPU does by default."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype, non_blocking=True)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def network_dtype(network: object, default: torch.dtype) -> torch.dtype:

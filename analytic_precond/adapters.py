@@ -84,7 +84,7 @@ class NetworkDenoiser(nn.Module):
         """Call the network; its output has z's shape or an error says why not."""
         if c_noise.is_floating_point():  # times and embeddings lose their meaning in half precision
             c_noise = c_noise.to(torch.promote_types(z.dtype, torch.float32))
-        condition = {k: v.to(z.device) if isinstance(v, Tensor) else v for k, v in condition.items()}
+        condition = {k: v.to(z.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in condition.items()}
         try:
             output = self.network(z, c_noise, **condition)
         except TypeError as error:

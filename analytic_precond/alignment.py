@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_levels, wide_dtype
+from ._checks import check_levels, check_reached, wide_dtype
 from .diagnostics import check_steps, rms, teacher_trajectory
 from .ode import Velocity
 from .ode_arguments import per_sample
@@ -43,8 +43,8 @@ class TrajectoryAlignment:
 
 @torch.no_grad()
 def trajectory_alignment(
-    student: Callable[..., Tensor],
     denoiser: Denoiser,
+    student: Callable[..., Tensor],
     x: Tensor,
     levels: Tensor,
     *,
@@ -63,8 +63,8 @@ def trajectory_alignment(
     `consistency_gap`), the student twice.
 
     Args:
-        student: Called as ``student(x_t, t, s, **condition)`` with levels of shape ``(B,)``; in eval mode.
         denoiser: The teacher $D$.
+        student: Called as ``student(x_t, t, s, **condition)`` with levels of shape ``(B,)``; in eval mode.
         x: Noisy data at ``levels[0]``, e.g. ``levels[0]`` times standard normal noise. Shape ``(B, ...)``.
         levels: Decreasing noise levels, positive. Shape ``(K,)``.
         to_end_only: Leave out the jumps from the start, for a student that knows one target: a `ConsistencyModel`,
@@ -84,7 +84,7 @@ def trajectory_alignment(
         >>> teacher = GaussianDenoiser(1.0)  # x_s = x sqrt((1 + s^2) / (1 + t^2))
         >>> euler = lambda x, t, s: x + (s - t)[:, None] / t[:, None] * (x - teacher(x, t))
         >>> x, levels = torch.tensor([[5.0**0.5]]), torch.tensor([2.0, 1.0, 0.5])  # through sqrt(2) and sqrt(1.25)
-        >>> trajectory_alignment(euler, teacher, x, levels, num_steps=16).from_start
+        >>> trajectory_alignment(teacher, euler, x, levels, num_steps=16).from_start
         tensor([0.0726, 0.2236], dtype=torch.float64)
     """
     velocity = Velocity.of(denoiser, x, condition)
@@ -97,9 +97,7 @@ def trajectory_alignment(
 
     def jump(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         reached = student(x_t.to(x.dtype), t.to(level_dtype), s.to(level_dtype), **condition)
-        if not isinstance(reached, Tensor) or reached.shape != x.shape:
-            got = tuple(reached.shape) if isinstance(reached, Tensor) else type(reached).__name__
-            raise ValueError(f"the student must return a tensor of x's shape {tuple(x.shape)}, got {got}.")
+        check_reached(reached, x)
         return reached.to(s.dtype)
 
     # the student first: if it refuses the levels, no teacher has run in vain

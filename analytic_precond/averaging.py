@@ -13,7 +13,8 @@ def exponential_moving_average(student: nn.Module, decay: float) -> AveragedMode
     the student is, needs no gradients, and its ``state_dict`` holds the number of updates, so that training resumes
     where it was. It serves as the target of `consistency_distillation_loss` and `trajectory_distillation_loss`, and
     with a larger decay as the model to sample from; ``average.module`` is the student inside. Other buffers (batch
-    statistics) are copied, not averaged.
+    statistics) are copied, not averaged. Make it once the student is on its device: an average moved to a GPU reads its
+    counter back at each update.
 
     Args:
         student: The student, without a wrapper such as DistributedDataParallel (whose ``.module`` it is).

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ._checks import check_noise_level
 from .distances import squared_error
 from .loss import Distance, Loss, add_noise, check_data, weighted_loss
+from .ode_arguments import per_sample
 from .teacher import Denoiser
 from .weightings import Weighting
 
@@ -17,7 +18,7 @@ def denoising_loss(
     denoiser: Denoiser,
     x_0: Tensor,
     noise: Tensor,
-    t: Tensor,
+    t: Tensor | float,
     *,
     distance: Distance = squared_error,
     weighting: str | Weighting = "karras",
@@ -29,10 +30,10 @@ def denoising_loss(
     CTM adds it to its trajectory loss with the student's own denoiser, weighted by `adaptive_balance`.
 
     Args:
-        denoiser: What is trained: ``student.denoise``, or a teacher.
+        denoiser: What is trained: ``student.denoise`` (``wrapper.module.denoise`` of a wrapped one), or a teacher.
         x_0: Clean data. Shape ``(B, ...)``.
         noise: Standard normal noise $n$. Shape of ``x_0``.
-        t: Noise levels, e.g. from `sample_lognormal_noise_levels`. Shape ``(B,)``.
+        t: Noise levels, e.g. from `sample_lognormal_noise_levels`, positive. Shape ``(B,)``, or one for all.
         distance: Maps two batches to one number per sample, shape ``(B,)``.
         weighting: A name from ``WEIGHTINGS`` that rests on t alone, or a function; EDM's by default.
         sigma_data: Standard deviation of the data, for the weighting.
@@ -52,7 +53,6 @@ def denoising_loss(
         tensor(5.)
     """
     check_data(x_0, noise)
-    check_noise_level(t, x_0, "t")
-    t = t.to(x_0.device, non_blocking=True).reshape(-1).expand(len(x_0))
+    t = per_sample(t, x_0, "t").to(torch.promote_types(x_0.dtype, torch.float32))
     x_t = add_noise(x_0, noise, t)
-    return weighted_loss(denoiser(x_t, t.to(x_t.dtype), **condition), x_0, {"t": t}, distance, weighting, sigma_data)
+    return weighted_loss(denoiser(x_t, t, **condition), x_0, {"t": t}, distance, weighting, sigma_data)

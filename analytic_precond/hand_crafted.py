@@ -12,7 +12,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ._checks import check_positive, wide_dtype
+from ._checks import check_positive, place, wide_dtype
 from .preconditioning import ROUNDING, Preconditioning, Scalings
 
 
@@ -105,7 +105,7 @@ class _OwnNetwork(Preconditioning):
     def on_network(self, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return ``c_skip`` and ``c_out`` of the same jump on the class's own raw network."""
         c_skip, c_out = self(t, s)
-        wide = torch.as_tensor(t, dtype=wide_dtype(c_out.device), device=c_out.device)
+        wide = place(t, c_out.device, wide_dtype(c_out.device))
         d_skip, d_out = (c.to(c_out.dtype) for c in self._denoiser(wide))
         return Scalings(c_skip + c_out * d_skip, c_out * d_out)
 

@@ -47,7 +47,7 @@ def sample_jump_times(
     generator: torch.Generator | None = None,
     *,
     step_weighting: str = "weighted",
-    target: str = "uniform",
+    end: str = "uniform",
 ) -> JumpTimes:
     r"""Draw times on a grid as the Consistency Trajectory Model does (Kim et al. 2024).
 
@@ -67,7 +67,7 @@ def sample_jump_times(
         max_steps: Largest number of teacher steps, at least 1; a grid with fewer steps bounds it.
         generator: Source of the random numbers. Default: torch's own.
         step_weighting: ``"weighted"`` or ``"uniform"``.
-        target: ``"uniform"``, or ``"smallest"`` for the last level.
+        end: How s is drawn: ``"uniform"``, or ``"smallest"`` for the last level.
 
     Returns:
         The times, with indices, in the levels' dtype and on their device.
@@ -79,7 +79,7 @@ def sample_jump_times(
 
     Example:
         >>> levels = torch.tensor([80.0, 10.0, 1.0, 0.002])
-        >>> times = sample_jump_times(5, levels, target="smallest")
+        >>> times = sample_jump_times(5, levels, end="smallest")
         >>> times.s
         tensor([0.0020, 0.0020, 0.0020, 0.0020, 0.0020])
         >>> bool((times.t > times.u).all()), torch.equal(times.t, levels[times.t_index])
@@ -89,7 +89,7 @@ def sample_jump_times(
     check_count(max_steps, 1, "max_steps")
     check_generator(generator)
     check_choice(step_weighting, ("weighted", "uniform"), "step_weighting")
-    check_choice(target, ("uniform", "smallest"), "target")
+    check_choice(end, ("uniform", "smallest"), "end")
     _check_grid(levels)
 
     N = len(levels)
@@ -99,7 +99,7 @@ def sample_jump_times(
     k = 1 + torch.searchsorted(cumulative, _below(cumulative[-1], uniform_k), right=True)
     i = _below(N - k, uniform_i)
     u = i + k
-    j = u + _below(N - u, uniform_j) if target == "uniform" else torch.full_like(u, N - 1)
+    j = u + _below(N - u, uniform_j) if end == "uniform" else torch.full_like(u, N - 1)
     return JumpTimes(levels[i], levels[u], levels[j], i, u, j, levels)
 
 
@@ -124,7 +124,7 @@ def sample_adjacent_times(batch: int, levels: Tensor, generator: torch.Generator
         >>> sample_adjacent_times(3, torch.tensor([2.0, 1.0])).u
         tensor([1., 1., 1.])
     """
-    return sample_jump_times(batch, levels, 1, generator, target="smallest")
+    return sample_jump_times(batch, levels, 1, generator, end="smallest")
 
 
 def sample_continuous_times(
@@ -135,7 +135,7 @@ def sample_continuous_times(
     generator: torch.Generator | None = None,
     *,
     max_span: float = 17 / 18,
-    target: str = "uniform",
+    end: str = "uniform",
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> JumpTimes:
@@ -158,7 +158,7 @@ def sample_continuous_times(
         rho: Exponent of the ramp, positive.
         generator: Source of the random numbers. Default: torch's own.
         max_span: Largest share of the ramp between t and u, above 0 and at most 1.
-        target: ``"uniform"``, or ``"smallest"`` for ``sigma_min``.
+        end: How s is drawn: ``"uniform"``, or ``"smallest"`` for ``sigma_min``.
         device: Where the times end. Default: the generator's device, or torch's default one.
         dtype: ``torch.float32`` or ``torch.float64``; in float64 the whole training step would become float64.
 
@@ -179,14 +179,14 @@ def sample_continuous_times(
     check_positive(max_span, "max_span")
     if max_span > 1:
         raise ValueError(f"max_span must be at most 1, the whole ramp, got {max_span}: divide steps by grid points.")
-    check_choice(target, ("uniform", "smallest"), "target")
+    check_choice(end, ("uniform", "smallest"), "end")
     device = check_destination(generator, device, dtype)
 
     uniform_span, uniform_t, uniform_s = draw(torch.rand, (3, batch), device, generator)
     span = max_span * uniform_span
     tau_t = uniform_t * (1 - span)
     tau_u = tau_t + span
-    tau_s = tau_u + uniform_s * (1 - tau_u) if target == "uniform" else torch.ones_like(tau_u)
+    tau_s = tau_u + uniform_s * (1 - tau_u) if end == "uniform" else torch.ones_like(tau_u)
     t, u, s = (karras_level(tau, sigma_min, sigma_max, rho).to(dtype) for tau in (tau_t, tau_u, tau_s))
 
     # rounding keeps the order, but may merge neighbours

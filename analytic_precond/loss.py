@@ -79,7 +79,8 @@ def weighted_loss(
         sigma_data: Standard deviation of the data, for the weighting.
 
     Raises:
-        ValueError: If the distance returns another shape or (on the CPU) something that is not finite.
+        ValueError: If the distance or the weighting returns another shape or (on the CPU) something that is not
+            finite.
     """
     if isinstance(weighting, str):
         check_choice(weighting, WEIGHTINGS, "weighting")
@@ -93,10 +94,14 @@ def weighted_loss(
             f"over the elements of each sample only."
         )
     t = times["t"]
-    weight = weighting(t, times.get("u", t), times.get("s", t), sigma_data).to(distances.dtype)
+    weight = weighting(t, times.get("u", t), times.get("s", t), sigma_data)
+    if not isinstance(weight, Tensor) or weight.shape != t.shape:
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise ValueError(f"the weighting must return one number per sample, shape {tuple(t.shape)}, got {got}.")
+    weight = weight.to(distances.dtype)
     per_sample = weight * distances
     terms = {"distance": distances.detach(), "weight": weight.detach(), "estimate": estimate, "target": target}
-    result = Loss(per_sample.mean(), per_sample, terms, {name: times[name] for name in "tus" if name in times})
+    result = Loss(per_sample.mean(), per_sample, terms, dict(times))
     if per_sample.device.type == "cpu" and not torch.compiler.is_compiling():
         result.check()
     return result

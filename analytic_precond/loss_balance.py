@@ -26,6 +26,7 @@ def adaptive_balance(reference: Tensor, other: Tensor, parameter: Tensor) -> Ten
         The weight, a scalar without gradient, on the losses' device.
 
     Raises:
+        TypeError: If a loss is no tensor.
         ValueError: If a loss is not a scalar or does not depend on the parameter.
 
     Example:
@@ -35,6 +36,8 @@ def adaptive_balance(reference: Tensor, other: Tensor, parameter: Tensor) -> Ten
     """
     norms = []
     for name, loss in (("reference", reference), ("other", other)):
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"{name} must be a scalar tensor, got {type(loss).__name__}: pass the .loss of a Loss.")
         if loss.numel() != 1:
             raise ValueError(f"{name} must be a scalar loss, got shape {tuple(loss.shape)}: take its mean.")
         gradient = None

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ._checks import check_positive, check_tensor
+from ._checks import check_positive, check_reached, check_tensor, place
 from .distances import squared_error
+from .input_gradient import through_input_only
 from .jump_times import JumpTimes
 from .loss import Distance, Loss, add_noise, check_data, weighted_loss
 from .noise_levels import expand_to
@@ -37,7 +38,7 @@ def consistency_distillation_loss(
     distance: Distance = squared_error,
     weighting: str | Weighting = "uniform",
     sigma_data: float = 0.5,
-    num_steps: int = 1,
+    num_steps: Tensor | int | None = None,
     share_dropout: bool = True,
     **condition: Any,
 ) -> Loss:
@@ -59,7 +60,8 @@ def consistency_distillation_loss(
         distance: Maps two batches to one number per sample, shape ``(B,)``.
         weighting: A name from ``WEIGHTINGS``, or a function of t, u, s and ``sigma_data``.
         sigma_data: Standard deviation of the data, for the weighting.
-        num_steps: The teacher's steps from t to u where those are no levels of a grid.
+        num_steps: The teacher's steps from t to u where those are no levels of a grid: one number, or one per sample.
+            Default: as many as EDM's grid of 18 levels has there. Like the times, keep it on the CPU.
         share_dropout: Give student and target the same dropout masks.
         **condition: Handed to teacher, student and target.
 
@@ -80,16 +82,16 @@ def consistency_distillation_loss(
         >>> result.terms["estimate"]  # EDM's c_skip = 0.25 / 4.25, times 1 - s/t, plus s/t
         tensor([[0.0598, 0.0598, 0.0598, 0.0598]])
     """
-    times = _check(x_0, noise, times, (student, target))
+    _check(x_0, noise, times, num_steps, (student, target))
     masks = _masks(share_dropout)
+    t, u, s = _levels(x_0, times)
     x_t, x_u = _two_points(denoiser, x_0, noise, times, num_steps, condition)
     with masks:
-        estimate = student(x_t, times.t, times.s, **condition)
+        estimate = _jump(student, x_t, t, s, condition)
     with torch.no_grad(), masks:
-        start = times.u.where(times.u > 0, times.t)  # u = 0 is clean already, and no level to jump from
-        goal = target(x_u, start, times.s, **condition)
-        goal = goal.where(expand_to(times.u, x_u) > 0, x_u)
-    return weighted_loss(estimate, goal, times._asdict(), distance, weighting, sigma_data)
+        start = u.where(u > 0, t)  # u = 0 is clean already, and no level to jump from
+        goal = _jump(target, x_u, start, s, condition).where(expand_to(u, x_u) > 0, x_u)
+    return weighted_loss(estimate, goal, {"t": t, "u": u, "s": s}, distance, weighting, sigma_data)
 
 
 def trajectory_distillation_loss(
@@ -103,8 +105,9 @@ def trajectory_distillation_loss(
     distance: Distance = squared_error,
     weighting: str | Weighting = "uniform",
     sigma_data: float = 0.5,
-    sigma_min: float = 0.002,
-    num_steps: int = 1,
+    inner: Callable[..., Tensor] | None = None,
+    sigma_min: float | None = None,
+    num_steps: Tensor | int | None = None,
     share_dropout: bool = True,
     **condition: Any,
 ) -> Loss:
@@ -128,8 +131,11 @@ def trajectory_distillation_loss(
         distance: Maps two batches to one number per sample, shape ``(B,)``.
         weighting: A name from ``WEIGHTINGS``, or a function of t, u, s and ``sigma_data``.
         sigma_data: Standard deviation of the data, for the weighting.
-        sigma_min: The level at which both sides are compared.
-        num_steps: The teacher's steps from t to u where those are no levels of a grid.
+        inner: What jumps from u to s on the target's side, without gradient. Default: ``target``. sony/ctm takes the
+            student itself, and its average for the jumps to $\varepsilon$ only.
+        sigma_min: The level at which both sides are compared. Default: the last of the times' grid, or 0.002.
+        num_steps: The teacher's steps from t to u where those are no levels of a grid: one number, or one per sample.
+            Default: as many as EDM's grid of 18 levels has there. Like the times, keep it on the CPU.
         share_dropout: Give all passes the same dropout masks.
         **condition: Handed to teacher, student and target.
 
@@ -149,22 +155,31 @@ def trajectory_distillation_loss(
         >>> result.terms["target"]  # the teacher's x_u = 1/2, times EDM's 0.25 / 1.25 and so on
         tensor([[0.1008, 0.1008, 0.1008, 0.1008]])
     """
-    check_positive(sigma_min, "sigma_min")
-    times = _check(x_0, noise, times, (student, target))
+    inner = target if inner is None else inner
+    _check(x_0, noise, times, num_steps, (student, target, inner))
+    if sigma_min is not None:
+        check_positive(sigma_min, "sigma_min")
     masks = _masks(share_dropout)
+    t, u, s = _levels(x_0, times)
     x_t, x_u = _two_points(denoiser, x_0, noise, times, num_steps, condition)
-    t, u, s = times[:3]
-    end = torch.full_like(s, sigma_min).minimum(s)  # float32 grids end at 0.0019999996
+    last = times.levels[-1] if sigma_min is None and times.levels is not None else sigma_min or 0.002
+    end = place(last, s.device, s.dtype).expand_as(s).minimum(s)  # float32 grids end at 0.0019999996
     with masks:
-        x_s = student(x_t, t, s, **condition)
+        x_s = _jump(student, x_t, t, s, condition)
     with masks:
         estimate = _without_parameters(target, x_s, s, end, condition)
     with torch.no_grad():
         with masks:
-            goal = target(x_u, u, s, **condition)
+            goal = _jump(inner, x_u, u, s, condition)
         with masks:
-            goal = target(goal, s, end, **condition)
-    return weighted_loss(estimate, goal, times._asdict(), distance, weighting, sigma_data)
+            goal = _jump(target, goal, s, end, condition)
+    return weighted_loss(estimate, goal, {"t": t, "u": u, "s": s}, distance, weighting, sigma_data)
+
+
+def _levels(x_0: Tensor, times: JumpTimes) -> tuple[Tensor, Tensor, Tensor]:
+    """Return t, u, s where the data are, in their dtype, float32 at least: students compute in it."""
+    dtype = torch.promote_types(x_0.dtype, torch.float32)
+    return place(times.t, x_0.device, dtype), place(times.u, x_0.device, dtype), place(times.s, x_0.device, dtype)
 
 
 def _two_points(
@@ -172,38 +187,54 @@ def _two_points(
     x_0: Tensor,
     noise: Tensor,
     times: JumpTimes,
-    num_steps: int,
+    num_steps: Tensor | int | None,
     condition: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor]:
-    """Return x_t and x_u on one trajectory."""
-    x_t = add_noise(x_0, noise, times.t)
+    """Return x_t and x_u on one trajectory. Indices on the CPU let the teacher's steps be planned without waiting."""
+    t, u, _ = _levels(x_0, times)
+    x_t = add_noise(x_0, noise, t)
     if denoiser is None:
-        return x_t, add_noise(x_0, noise, times.u)
+        return x_t, add_noise(x_0, noise, u)
     with torch.no_grad():
-        if times.levels is None or times.t_index is None or times.u_index is None:
-            return x_t, heun_solve_between(denoiser, x_t, times.t, times.u, num_steps, **condition)
-        return x_t, heun_solve(denoiser, x_t, times.levels, times.t_index, times.u_index, **condition)
+        if times.levels is not None and times.t_index is not None and times.u_index is not None:
+            return x_t, heun_solve(denoiser, x_t, times.levels, times.t_index, times.u_index, **condition)
+        steps = _steps_of_edm(times) if num_steps is None else num_steps
+        return x_t, heun_solve_between(denoiser, x_t, times.t, times.u, steps, **condition)
+
+
+def _steps_of_edm(times: JumpTimes) -> Tensor:
+    """Return as many steps as EDM's 18 levels from 80 to 0.002 have between t and u, at least 1."""
+    t, u = (level.double() ** (1 / 7) for level in (times.t, times.u))
+    span = (t - u) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
+    steps: Tensor = (17 * span - 1e-5).ceil()  # a whole number of them is that number in float32, too
+    return steps.clamp(min=1).long()
+
+
+def _jump(student: Callable[..., Tensor], x: Tensor, t: Tensor, s: Tensor, condition: Mapping[str, Any]) -> Tensor:
+    reached = student(x, t, s, **condition)
+    check_reached(reached, x)
+    return reached
 
 
 def _without_parameters(
-    module: Callable[..., Tensor], x: Tensor, t: Tensor, s: Tensor, condition: Mapping[str, Any]
+    student: Callable[..., Tensor], x: Tensor, t: Tensor, s: Tensor, condition: Mapping[str, Any]
 ) -> Tensor:
     """Call a student so that gradients reach its input but none of its parameters."""
-    if isinstance(module, DistributedDataParallel):
-        module = module.module
-    if isinstance(module, nn.Module) and any(p.requires_grad for p in module.parameters()):
-        constants = {name: p.detach() for name, p in module.named_parameters()}
-        result: Tensor = torch.func.functional_call(module, constants, (x, t, s), dict(condition))
-        return result
-    return module(x, t, s, **condition)
+    if isinstance(student, DistributedDataParallel):  # whose reducer expects every pass to reach the parameters
+        student = student.module
+    if isinstance(student, nn.Module) and not any(p.requires_grad for p in student.parameters()):
+        return _jump(student, x, t, s, condition)
+    return through_input_only(lambda start: _jump(student, start, t, s, condition), x)
 
 
 def _masks(share: bool) -> AbstractContextManager[Any]:
     return SharedDropout() if share else nullcontext()
 
 
-def _check(x_0: Tensor, noise: Tensor, times: JumpTimes, students: Sequence[object]) -> JumpTimes:
-    """Refuse bad arguments before any network is called; return the times on the data's device."""
+def _check(
+    x_0: Tensor, noise: Tensor, times: JumpTimes, num_steps: Tensor | int | None, students: Sequence[object]
+) -> None:
+    """Refuse bad arguments before any network is called."""
     check_data(x_0, noise)
     for student in students:
         if not callable(student):
@@ -217,6 +248,8 @@ def _check(x_0: Tensor, noise: Tensor, times: JumpTimes, students: Sequence[obje
         check_tensor(level, f"times.{name}")
         if level.shape != x_0.shape[:1]:
             raise ValueError(f"times.{name} must have shape {tuple(x_0.shape[:1])}, got {tuple(level.shape)}.")
+    if num_steps is not None and times.levels is not None and times.t_index is not None:
+        raise ValueError(f"num_steps must be None, as the times' grid says how many steps to take, got {num_steps!r}.")
     if t.device.type == u.device.type == s.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = ~((t > 0) & (t >= u) & (u >= s) & (s >= 0))
         if bool(wrong.any()):
@@ -225,6 +258,3 @@ def _check(x_0: Tensor, noise: Tensor, times: JumpTimes, students: Sequence[obje
                 f"times must be t >= u >= s >= 0 with t > 0, got t = {t[index].item():.6g}, u = {u[index].item():.6g}, "
                 f"s = {s[index].item():.6g} for sample {index}: noise levels fall from t to s."
             )
-    # indices stay where they are: on the CPU the teacher's steps are planned without waiting for the device
-    t, u, s = (level.to(x_0.device, non_blocking=True) for level in (t, u, s))
-    return times._replace(t=t, u=u, s=s)

@@ -21,6 +21,7 @@ from ._checks import check_choice, check_count, check_tensor
 from .lpips_weights import BACKBONES, Weights, frozen_lpips
 
 _LIMIT = 1.01  # bfloat16's neighbour of 1 is 1.008
+_FAR = 100.0  # where no student in training goes, but images in 0..255 do
 _EPSILON = 1e-10  # lpips' own, for features of length 0
 
 
@@ -69,9 +70,10 @@ class LPIPSDistance(nn.Module):
 
     The range is checked where distances are *measured*: images outside [-1, 1] raise an error, or give NaN where
     looking would stall the device (off the CPU) or break a graph (torch.compile). Images in [0, 1] look valid: map
-    them to [-1, 1] first. Where a gradient is wanted (``requires_grad`` of either argument) nothing is checked: a
-    student in training overshoots, as does its target, and an error, or NaN, would end the run. Nothing is clamped,
-    as in the published codes: it would stop the gradient that brings the student back.
+    them to [-1, 1] first. Where a gradient is wanted (``requires_grad`` of either argument) only images
+    beyond ±100, such as those in 0..255, are refused: a student in training overshoots, as does its target, and an
+    error, or NaN, would end the run. Nothing is clamped, as in the published codes: it would stop the gradient that
+    brings the student back.
 
     Args:
         net: ``"vgg"`` (CM's and CTM's), ``"alex"`` or ``"squeeze"``.
@@ -136,7 +138,8 @@ class LPIPSDistance(nn.Module):
         """
         self._check_shapes(x, y)
         dtype = next(self.network.parameters()).dtype
-        valid = self._in_range(x, y) if self.check_range and not (x.requires_grad or y.requires_grad) else None
+        limit = _FAR if x.requires_grad or y.requires_grad else _LIMIT
+        valid = self._in_range(x, y, limit) if self.check_range else None
         with torch.autocast(x.device.type, enabled=False):
             x, y = x.to(dtype), y.to(dtype)
             if self.chunk is None:
@@ -181,9 +184,9 @@ class LPIPSDistance(nn.Module):
                 f"resize=ResizeRule(below=256, to=224)."
             )
 
-    def _in_range(self, x: Tensor, y: Tensor) -> Tensor | None:
+    def _in_range(self, x: Tensor, y: Tensor, limit: float) -> Tensor | None:
         """Raise for images outside [-1, 1]; where values cannot be read, return which samples are inside."""
-        inside = ((x.abs() <= _LIMIT) & (y.abs() <= _LIMIT)).flatten(1).all(1)
+        inside = ((x.abs() <= limit) & (y.abs() <= limit)).flatten(1).all(1)
         if inside.device.type != "cpu" or torch.compiler.is_compiling():
             return inside
         if not bool(inside.all()):

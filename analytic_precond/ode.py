@@ -2,15 +2,15 @@ r"""The teacher's probability-flow ODE, $dx/dt = (x - D(x, t)) / t$: velocity, E
 
 Steps go either way: towards the data (s < t) or towards the noise (s > t). Level arithmetic is done in float64, the
 rest in float32 or wider. The teacher is called in its own dtype: that of its parameters, or of ``x`` where it has none;
-a `NetworkDenoiser`, which casts by itself, gets ``x`` in float32 or wider. Everything is differentiable: where no
-gradients are wanted, as in a distillation target, call under `torch.no_grad`.
+a `NetworkDenoiser`, which casts by itself, gets ``x`` in float32 or wider. Any other half-precision teacher is told t
+in half precision, too, which cannot tell neighbouring levels apart: make a `NetworkDenoiser` of it. Everything is
+differentiable: where no gradients are wanted, as in a distillation target, call under `torch.no_grad`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,7 @@ def solve_ode(
     reaches_zero = check_grid(levels)
     x = x.to(state_dtype(dtype, x))
 
-    grid = levels.to(x.device, wide_dtype(x.device))
+    grid = levels.to(x.device, wide_dtype(x.device), non_blocking=True)
     states = [x]
     for i in tqdm(range(len(grid) - 1), desc="ODE", unit="step", disable=not progress):
         last = reaches_zero and i == len(grid) - 2
@@ -173,8 +173,7 @@ def solve_ode(
     return torch.stack(states) if trajectory else x
 
 
-@dataclass(frozen=True)
-class Velocity:
+class Velocity(NamedTuple):
     """The velocity of a teacher's ODE as a function of x and t, the teacher called in its own dtype.
 
     Attributes:

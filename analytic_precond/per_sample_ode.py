@@ -1,12 +1,12 @@
 """Heun's method with a start and a stop of its own for every sample of a batch, as distillation needs it.
 
-Samples that have arrived leave the batch: the teacher sees each one exactly as often as its own steps ask for.
+Samples that have arrived leave the batch: the teacher sees each one exactly as often as its own steps ask for, in
+batches that shrink. Compile such a teacher with ``dynamic=True``, or torch compiles it for each size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -213,7 +213,7 @@ def _march(
         for take, part in ((heun, slice(0, num_heun)), (euler, slice(num_heun, num))):
             if part.start < part.stop:
                 here = {name: value[part] for name, value in followers.items()}
-                v = replace(velocity, condition={**velocity.condition, **here})
+                v = velocity._replace(condition={**velocity.condition, **here})
                 pieces.append(take(v, way[part], t[part], s[part]))
         way = torch.cat(pieces)
     return torch.cat([way, *reversed(arrived)])[rows.argsort()]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._buffers import FixedPrecisionModule
-from ._checks import check_choice, check_positive, check_tensor, wide_dtype
+from ._checks import check_choice, check_positive, check_tensor, place, wide_dtype
 from .noise_levels import expand_to
 
 ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
@@ -134,7 +134,7 @@ class Preconditioning(FixedPrecisionModule):
             The coefficients of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, as from calling the preconditioning.
         """
         c_skip, c_out = self(t, s)
-        edm = EDMPreconditioning(self.sigma_data)(torch.as_tensor(t, dtype=c_out.dtype, device=c_out.device))
+        edm = EDMPreconditioning(self.sigma_data)(place(t, c_out.device, c_out.dtype))
         return Scalings(c_skip + c_out * edm.c_skip, c_out * edm.c_out)
 
     def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
@@ -212,7 +212,7 @@ class Preconditioning(FixedPrecisionModule):
         if device is None:
             device = next((buffer.device for buffer in self.buffers()), torch.get_default_device())
         dtype = wide_dtype(device)
-        t, s = (torch.as_tensor(v, dtype=dtype, device=device) for v in (t, s))
+        t, s = (place(level, device, dtype) for level in (t, s))
         try:
             shape = torch.broadcast_shapes(t.shape, s.shape)
         except RuntimeError as error:

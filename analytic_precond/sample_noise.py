@@ -92,6 +92,8 @@ def draw_noise(
     if device is None:
         some = generator[0] if isinstance(generator, Sequence) and generator else generator
         device = some.device if isinstance(some, Generator) else torch.get_default_device()
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype}: for example torch.float32.")
     device = torch.device(device)
     return _draw(_spread(generator, shape[0], device), shape[1:], device, dtype)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._checks import check_tensor
+from ._checks import check_reached, check_tensor
 from .sample_noise import Generators, noise_source
 from .sampling_levels import Levels, check_jumps, is_cleanest, resolve_levels
 
@@ -134,7 +134,7 @@ def sample_multistep(
     starts = [level for level in resolve_levels(levels, grid, sigma_min) if not is_cleanest(level, sigma_min)]
     removed = sigma_min if subtract_sigma_min else 0.0
     added: list[float | None] = [math.sqrt(u**2 - removed**2) for u in starts[1:]]
-    jumps = [_Jump(t, sigma_min, noise) for t, noise in zip(starts, [*added, None], strict=True)]
+    jumps = [_Jump(t, sigma_min, std) for t, std in zip(starts, [*added, None], strict=True)]
     return _run(student, x, jumps, condition, generator, noise, callback, progress)
 
 
@@ -282,6 +282,5 @@ def _jump(student: Callable[..., Tensor], x: Tensor, t: float, s: float, conditi
     dtype = torch.promote_types(x.dtype, torch.float32)  # half precision cannot tell neighbouring levels apart
     levels = (torch.full((len(x),), level, dtype=dtype, device=x.device) for level in (t, s))
     reached = student(x, *levels, **condition)
-    if reached.shape != x.shape:
-        raise ValueError(f"the student must return x's shape {tuple(x.shape)}, got {tuple(reached.shape)}.")
+    check_reached(reached, x)
     return reached.to(x.dtype)

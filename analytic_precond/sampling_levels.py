@@ -97,13 +97,13 @@ def check_jumps(student: object, jumps: Sequence[tuple[float, float]]) -> None:
         if only is not None and abs(s - only) > ROUNDING * only:
             raise ValueError(
                 f"expected jumps to the student's sigma_min = {only:g}, the only level that a ConsistencyModel "
-                f"reaches, got one to {s:.9g}: call sample_multistep with sigma_min={only:g}."
+                f"reaches, got one to {s:.9g}: call sample_one_step or sample_multistep with sigma_min={only:g}."
             )
         try:
             c_skip, _ = precond(t, s)
         except ValueError as error:
             raise ValueError(f"levels must lie in the student's range: {error}") from error
-        if bool(c_skip.isnan()):  # what a preconditioning on another device answers
+        if bool(c_skip.isnan().any()):  # what a preconditioning on another device answers
             raise ValueError(
                 f"levels must lie in the student's range, {precond.sigma_min:g} to {precond.sigma_max:g}, got a jump "
                 f"from {t:.9g} to {s:.9g}."
@@ -134,7 +134,10 @@ def _numbers(values: Levels, name: str) -> list[float]:
         raise ValueError(f"{name} must hold at least one level, got none.")
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, Real):
-            raise TypeError(f"{name} must hold floats or ints, got {number!r} ({type(number).__name__}).")
+            raise TypeError(
+                f"{name} must hold floats or ints, got {number!r} ({type(number).__name__}): a tensor's number is its "
+                f".item()."
+            )
     return numbers
 
 

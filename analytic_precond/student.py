@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import check_noise_level, check_positive, network_dtype
+from ._checks import check_noise_level, check_positive, network_dtype, place
 from .noise_levels import expand_to
 from .preconditioning import ROUNDING, EDMPreconditioning, Preconditioning
 
@@ -81,9 +81,9 @@ class Student(nn.Module):
     def _per_sample(level: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
         if isinstance(level, int):
             raise TypeError(f"noise levels must be floats or floating-point tensors, got {level}: write {level}.0.")
-        level = torch.as_tensor(level, dtype=dtype, device=x.device) if isinstance(level, float) else level
+        level = level if isinstance(level, Tensor) else place(level, x.device, dtype)
         check_noise_level(level, x)
-        return level.to(torch.promote_types(level.dtype, torch.float32)).reshape(-1).expand(x.shape[0])
+        return place(level, x.device, torch.promote_types(level.dtype, torch.float32)).reshape(-1).expand(x.shape[0])
 
 
 class ConsistencyTrajectoryModel(Student):

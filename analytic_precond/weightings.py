@@ -2,7 +2,7 @@ r"""Weights of a training loss, by the noise levels of its jump: functions of (t
 
 t is where the student starts, u where the teacher's step ends, s the target; each function looks at what its formula
 names. All are for an error of the denoiser or of the jump, in the data's scale, with $d = \sigma_{data}$ and
-$c_{out} = t d / \sqrt{t^2 + d^2}$. Published codes have several names for the same weight:
+$c_{out} = t d / \sqrt{t^2 + d^2}$. Published codes have several names for the same weight; all are taken:
 
 | name here | weight | published as |
 |---|---|---|
@@ -13,7 +13,7 @@ $c_{out} = t d / \sqrt{t^2 + d^2}$. Published codes have several names for the s
 | ``"truncated-snr"`` | $\max(t^{-2}, 1)$ | CM and CTM ``truncated-snr`` |
 | ``"soft-min-snr"`` | $(t^2 + d^2)^{-1}$ | k-diffusion ``soft-min-snr`` |
 | ``"inverse-c_out"`` | $c_{out}^{-1}$ | FastGen ``c_out`` |
-| ``"inverse-step"`` | $(t - u)^{-1}$ | ECT (its r is u), iCT, FastGen ``default`` |
+| ``"inverse-step"`` | $(t - u)^{-1}$ | ECT (its r is u; not its ImageNet branch), iCT, FastGen ``default`` |
 | ``"inverse-root-step"`` | $(t - u)^{-1/2}$ | FastGen ``sqrt`` |
 | ``"uniform_g"`` | $(1 - s/t)^{-1}$ | CTM ``uniform_g`` with multiplier 1 |
 | ``"sq-t-inverse"`` | $\sqrt{t}$ | CTM ``sq-t-inverse``, whose formula is the inverse of its name |
@@ -108,6 +108,14 @@ WEIGHTINGS: Mapping[str, Weighting] = MappingProxyType(
         "inverse-root-step": inverse_root_step_weighting,
         "uniform_g": jump_weighting,
         "sq-t-inverse": root_weighting,
+        # the same under the names of sony/ctm and of FastGen
+        "karras_weight": karras_weighting,
+        "one": uniform_weighting,
+        "sigma_sq": snr_weighting,
+        "c_out": inverse_c_out_weighting,
+        "c_out_sq": karras_weighting,
+        "default": inverse_step_weighting,
+        "sqrt": inverse_root_step_weighting,
     }
 )
 """The weightings by name: each maps t, u, s of shape ``(B,)`` and ``sigma_data`` to weights of shape ``(B,)``, in the

@@ -1,8 +1,8 @@
 """Distil a teacher into a student that needs one or two steps: Consistency Trajectory Models, complete, on a CPU.
 
 As it stands it trains the quickstart's small U-Net on photograph patches and distils it, in a few minutes. Run it with
-``python examples/distill.py``; a run that was interrupted goes on, bit for bit, when started again. ``--teacher`` takes
-an EDM checkpoint (``network-snapshot-*.pkl``), ``--data`` a folder or zip file of its training images.
+``python examples/distill.py``; a run that was interrupted goes on when started again, on the CPU bit for bit.
+``--teacher`` takes an EDM checkpoint (``network-snapshot-*.pkl``), ``--data`` a folder or zip file of its images.
 """
 
 import argparse
@@ -30,8 +30,8 @@ STEPS = (1, 2, 4)  # that samples are made in
 def load_images(path: Path) -> Tensor:
     """Read the images of a folder or zip file, all of one size, as RGB in [-1, 1]. Shape ``(N, 3, H, W)``."""
     archive = zipfile.ZipFile(path) if path.suffix == ".zip" else None
-    names = sorted(archive.namelist() if archive else map(str, path.rglob("*")))
-    names = [name for name in names if name.lower().endswith((".png", ".jpg", ".jpeg", ".webp"))]
+    files = sorted(archive.namelist() if archive else map(str, path.rglob("*")))
+    names = [f for f in files if f.lower().endswith((".png", ".jpg", ".jpeg", ".webp")) and "__MACOSX" not in f]
     if not names:
         raise SystemExit(f"--data: expected png, jpg or webp images, found none in {path}")
     images = [np.asarray(Image.open(archive.open(name) if archive else name).convert("RGB")) for name in tqdm(names)]
@@ -101,10 +101,8 @@ def draw(history: list[list[float]], rows: dict[str, Tensor], output: Path) -> N
     figure.savefig(output / "curves.png", dpi=150)
 
     figure = Figure(figsize=(12, 0.85 * len(rows)), layout="constrained")
-    panels = figure.subplots(len(rows), 1)
-    for panel, (label, images) in zip(panels, rows.items(), strict=True):
-        strip = torch.cat(list(images[:16]), 2).permute(1, 2, 0)
-        panel.imshow((strip.float().clamp(-1, 1) + 1) / 2)
+    for panel, (label, images) in zip(figure.subplots(len(rows), 1), rows.items(), strict=True):
+        panel.imshow(torch.cat(list(images[:16]), 2).permute(1, 2, 0).float().clamp(-1, 1) / 2 + 0.5)
         panel.set_ylabel(label, rotation=0, ha="right", va="center")
         panel.set(xticks=[], yticks=[])
     figure.savefig(output / "samples.png", dpi=150)
@@ -129,18 +127,18 @@ def main() -> None:
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+
     # the teacher, its statistics, the student
     data = load_images(args.data) if args.data else load_patches()
     teacher, network, sigma_data = load_teacher(args.teacher, data, args.output)
     teacher = teacher.to(args.device)
     if not (statistics := args.output / "statistics.safetensors").exists():
         ap.estimate_statistics(teacher, data, num_samples=args.num_samples, description="teacher").save(statistics)
-    precond: ap.Preconditioning = ap.CTMPreconditioning(sigma_data=sigma_data)
-    if args.preconditioning == "analytic":
-        precond = ap.AnalyticPreconditioning(ap.TeacherStatistics.load(statistics), sigma_data=sigma_data)
+    analytic = ap.AnalyticPreconditioning(ap.TeacherStatistics.load(statistics), sigma_data=sigma_data)
+    precond = analytic if args.preconditioning == "analytic" else ap.CTMPreconditioning(sigma_data=sigma_data)
     student = ap.ConsistencyTrajectoryModel(network, precond, sigma_data).to(args.device).train()
     average = ap.exponential_moving_average(student, args.ema)
-    last_layer = [p for p in network.parameters() if p.ndim > 1][-1]
+    last_layer = [p for p in network.parameters() if p.ndim == 4][-1]  # the last convolution
     optimizer = torch.optim.RAdam(student.parameters(), lr=args.learning_rate)
 
     # what the student is compared with: the teacher's own samples from the same noise
@@ -162,32 +160,34 @@ def main() -> None:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         generator.set_state(state["generator"].cpu())
-        torch.set_rng_state(state["dropout"].cpu())
+        torch.set_rng_state(state["dropout"][0].cpu())
+        torch.cuda.set_rng_state_all([gpu.cpu() for gpu in state["dropout"][1:]])
         first, history = state["iteration"], state["history"]
 
     bar = tqdm(initial=first, total=args.iterations, desc="distilling")
     for iteration in range(first, args.iterations + 1):
         due = iteration % args.save_every == 0 or iteration == args.iterations
         if due and (not history or history[-1][0] < iteration):
-            rows = {f"{n} steps": ap.sample_deterministic(average, start, levels[path]) for n, path in paths.items()}
+            model = average.module.eval()
+            rows = {f"steps: {n}": ap.sample_deterministic(model, start, levels[path]) for n, path in paths.items()}
+            model.train()
             history.append([iteration, *((images - ends).square().mean().sqrt().item() for images in rows.values())])
             bar.set_postfix({name: f"{value:.4f}" for name, value in zip(rows, history[-1][1:], strict=True)})
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"generator": generator.get_state(), "dropout": torch.get_rng_state(), "iteration": iteration}
-            save(state | {"settings": settings, "history": history}, checkpoint)
+            state = {name: part.state_dict() for name, part in parts.items()} | {"settings": settings}
+            state |= {"iteration": iteration, "history": history, "generator": generator.get_state()}
+            state["dropout"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+            save(state, checkpoint)
             draw(history, {"teacher": ends, **rows}, args.output)
         if iteration == args.iterations:
             break
-
         x_0 = data[torch.randint(len(data), (args.batch_size,), generator=generator)].to(args.device)
         noise = torch.randn(x_0.shape, generator=generator).to(args.device)
         times = ap.sample_jump_times(args.batch_size, levels, args.max_steps, generator)
         loss = ap.trajectory_distillation_loss(teacher, student, average, x_0, noise, times).loss
         t = ap.sample_lognormal_noise_levels(args.batch_size, generator=generator).to(args.device)
         denoising = ap.denoising_loss(student.denoise, x_0, noise, t, sigma_data=sigma_data).loss
-        total = loss + ap.adaptive_balance(loss, denoising, last_layer) * denoising
         optimizer.zero_grad()
-        total.backward()
+        (loss + ap.adaptive_balance(loss, denoising, last_layer) * denoising).backward()
         optimizer.step()
         average.update_parameters(student)
         bar.update()

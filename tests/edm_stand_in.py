@@ -17,11 +17,12 @@ class PositionalEmbedding(nn.Module):
 class SongUNet(nn.Module):
     """As training/networks.py: network(x, noise_labels, class_labels, augment_labels=None)."""
 
-    def __init__(self) -> None:
+    def __init__(self, augment: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
         self.map_noise = PositionalEmbedding()
-        self.map_augment = nn.Linear(9, 16, bias=False)
+        self.map_augment = nn.Linear(9, 16, bias=False) if augment else None
         self.map_layer0, self.map_layer1 = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.dropout = nn.Dropout(dropout)
         self.enter, self.exit = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
 
     def forward(
@@ -31,7 +32,7 @@ class SongUNet(nn.Module):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(nn.functional.silu(self.map_layer0(emb)))
-        return self.exit(nn.functional.silu(self.enter(x) + emb[:, :, None, None]))
+        return self.exit(self.dropout(nn.functional.silu(self.enter(x) + emb[:, :, None, None])))
 
 
 class EDMPrecond(nn.Module):

@@ -36,7 +36,7 @@ def euler_student(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
 def test_perfect_student_has_no_errors_but_the_solvers() -> None:
     worst = []
     for num_steps in (8, 16, 32):
-        errors = trajectory_alignment(exact_student, PROBLEM.denoiser(), start(), LEVELS, num_steps=num_steps)
+        errors = trajectory_alignment(PROBLEM.denoiser(), exact_student, start(), LEVELS, num_steps=num_steps)
         assert errors.from_start_relative is not None
         worst.append(max(errors.from_start_relative.max().item(), errors.to_end_relative.max().item()))
     # measured: 2.4e-6; the extrapolated Heun solution is of third order
@@ -47,7 +47,7 @@ def test_perfect_student_has_no_errors_but_the_solvers() -> None:
 
 def test_untrained_ctm_student_in_closed_form() -> None:
     """The teacher's own denoiser in CTM's Euler jump: x_s = (s/t + (1 - s/t) w_t) x_t with w = c / (c + t^2)."""
-    errors = trajectory_alignment(euler_student, PROBLEM.denoiser(), start(), LEVELS, num_steps=32)
+    errors = trajectory_alignment(PROBLEM.denoiser(), euler_student, start(), LEVELS, num_steps=32)
     assert torch.equal(errors.levels, LEVELS)
     size = {t: np.sqrt(VARIANCES + t**2) for t in LEVELS.tolist()}  # of x_t, per element
 
@@ -91,8 +91,8 @@ def test_float32_students_of_both_kinds_get_conditions_and_float32_levels() -> N
     trajectory = ap.ConsistencyTrajectoryModel(network, ap.CTMPreconditioning())
     end_only = ap.ConsistencyModel(network, ap.CTMPreconditioning())
     with global_rng_untouched():
-        both = trajectory_alignment(trajectory, teacher, x, LEVELS, label=label)
-        one = trajectory_alignment(end_only, teacher, x, LEVELS, to_end_only=True, label=label)
+        both = trajectory_alignment(teacher, trajectory, x, LEVELS, label=label)
+        one = trajectory_alignment(teacher, end_only, x, LEVELS, to_end_only=True, label=label)
     assert one.from_start is one.from_start_relative is None
     torch.testing.assert_close(one.to_end, both.to_end, rtol=1e-5, atol=1e-6)  # the same jumps, in float32
     assert not both.to_end.requires_grad
@@ -109,7 +109,7 @@ def test_dtypes_that_students_and_the_report_get() -> None:
         return x_t
 
     x = start(torch.bfloat16).expand(3, -1)
-    errors = trajectory_alignment(student, PROBLEM.denoiser(), x, LEVELS.float())
+    errors = trajectory_alignment(PROBLEM.denoiser(), student, x, LEVELS.float())
     assert seen == {(torch.bfloat16, torch.float32, torch.float32, (3,), (3,))}
     assert errors.to_end.dtype == errors.levels.dtype == torch.float64
     # a student that does nothing is off by the distance to the end, nearly all of x
@@ -129,13 +129,13 @@ class Counter:
 
 def test_teacher_evaluations_are_as_documented() -> None:
     teacher = Counter()
-    trajectory_alignment(exact_student, teacher, start().expand(2, -1), LEVELS, num_steps=4)
+    trajectory_alignment(teacher, exact_student, start().expand(2, -1), LEVELS, num_steps=4)
     assert teacher.evaluations == 2 * 7 * 3 * 4
 
 
 def align(student: Any = exact_student, teacher: Any = None, x: Any = None, **options: Any) -> TrajectoryAlignment:
     options = {"levels": LEVELS, **options}
-    return trajectory_alignment(student, teacher, start() if x is None else x, **options)
+    return trajectory_alignment(teacher, student, start() if x is None else x, **options)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from edm_stand_in import EDMPrecond, SongUNet
 from PIL import Image
+from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "distill.py"
@@ -27,13 +28,14 @@ def folder(tmp_path: Path) -> Path:
     """A pickled EDM checkpoint, and images in a folder and in a zip file."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = EDMPrecond(SongUNet())
+        network = EDMPrecond(SongUNet(augment=False, dropout=0.1))
     with (tmp_path / "network-snapshot.pkl").open("wb") as file:
         pickle.dump({"ema": network, "loss_fn": None}, file)
     rng = np.random.default_rng(0)
     (tmp_path / "images" / "00000").mkdir(parents=True)
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("dataset.json", "{}")
+        archive.writestr("__MACOSX/00000/._img00000000.png", "what macOS adds to its zip files")
         for i in range(8):
             path = tmp_path / "images" / "00000" / f"img{i:08}.png"
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
@@ -116,3 +118,24 @@ def test_a_folder_of_images_another_preconditioning_and_refusals(folder: Path) -
     process = start(folder, "--data", str(folder / "empty"), "--output", str(folder / "none"))
     assert "expected png, jpg or webp images, found none" in process.communicate(timeout=200)[0]
     assert process.returncode == 1
+
+
+@pytest.mark.slow
+def test_the_photographs_and_a_teacher_of_the_examples_own(tmp_path: Path) -> None:
+    """An untrained one, that would otherwise take most of a minute to train."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from quickstart import UNet
+    finally:
+        sys.path.pop(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = UNet().state_dict()
+    save_file({**weights, "sigma_data": torch.tensor(0.5)}, tmp_path / "teacher.safetensors")
+    command = [sys.executable, str(SCRIPT), *SETTINGS, "--iterations", "1", "--output", str(tmp_path / "run")]
+    command += ["--teacher", str(tmp_path / "teacher.safetensors"), "--num-levels", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert output.returncode == 0, output.stderr
+    assert "pickle" not in output.stdout
+    assert load(tmp_path / "run")["iteration"] == 1

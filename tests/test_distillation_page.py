@@ -17,13 +17,10 @@ def test_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.DOTALL | re.MULTILINE)
     assert len(blocks) > 6
     namespace: dict[str, object] = {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for number, block in enumerate(blocks):
             exec(compile(block, f"distillation.md, block {number}", "exec"), namespace)
-    torch.set_num_threads(threads)
     assert "Teacher check of GaussianDenoiser: consistent" in capsys.readouterr().out
 
 

@@ -36,14 +36,14 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def exact_law(num: int, max_steps: int, power: int, target: str) -> dict[tuple[int, int, int], Fraction]:
+def exact_law(num: int, max_steps: int, power: int, end: str) -> dict[tuple[int, int, int], Fraction]:
     """The probability of each (t_index, u_index, s_index), enumerated."""
     counts = range(1, min(max_steps, num - 1) + 1)
     total = sum(k**power for k in counts)
     law = {}
     for k in counts:
         for i in range(num - k):
-            targets = range(i + k, num) if target == "uniform" else [num - 1]
+            targets = range(i + k, num) if end == "uniform" else [num - 1]
             for j in targets:
                 law[i, i + k, j] = Fraction(k**power, total) / (num - k) / len(targets)
     assert sum(law.values()) == 1
@@ -62,14 +62,14 @@ def assert_follows(times: JumpTimes, law: dict[tuple[int, int, int], Fraction]) 
         assert stats.chisquare([drawn[key] for key in law], expected).pvalue > SIGNIFICANCE
 
 
-@pytest.mark.parametrize("target", ["uniform", "smallest"])
+@pytest.mark.parametrize("end", ["uniform", "smallest"])
 @pytest.mark.parametrize(("step_weighting", "power"), [("uniform", 0), ("weighted", 1)])
 @pytest.mark.parametrize(("num", "max_steps"), [(6, 3), (6, 5), (6, 100), (5, 1), (3, 2), (2, 17)])
-def test_joint_law_of_the_indices(num: int, max_steps: int, step_weighting: str, power: int, target: str) -> None:
+def test_joint_law_of_the_indices(num: int, max_steps: int, step_weighting: str, power: int, end: str) -> None:
     times = sample_jump_times(
-        40_000, ap.log_noise_levels(num), max_steps, seeded(0), step_weighting=step_weighting, target=target
+        40_000, ap.log_noise_levels(num), max_steps, seeded(0), step_weighting=step_weighting, end=end
     )
-    assert_follows(times, exact_law(num, max_steps, power, target))
+    assert_follows(times, exact_law(num, max_steps, power, end))
 
 
 def test_defaults_are_ctms() -> None:
@@ -88,15 +88,15 @@ def test_law_of_neighbours() -> None:
     max_steps=st.integers(1, 80),
     batch=st.integers(1, 40),
     step_weighting=st.sampled_from(["uniform", "weighted"]),
-    target=st.sampled_from(["uniform", "smallest"]),
+    end=st.sampled_from(["uniform", "smallest"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     seed=st.integers(0, 2**32),
 )
 def test_times_lie_on_the_grid_in_order(
-    num: int, max_steps: int, batch: int, step_weighting: str, target: str, dtype: torch.dtype, seed: int
+    num: int, max_steps: int, batch: int, step_weighting: str, end: str, dtype: torch.dtype, seed: int
 ) -> None:
     levels = ap.karras_noise_levels(num).to(dtype)
-    times = sample_jump_times(batch, levels, max_steps, seeded(seed), step_weighting=step_weighting, target=target)
+    times = sample_jump_times(batch, levels, max_steps, seeded(seed), step_weighting=step_weighting, end=end)
     assert times.levels is levels
     for level, index in ((times.t, times.t_index), (times.u, times.u_index), (times.s, times.s_index)):
         assert index is not None
@@ -109,7 +109,7 @@ def test_times_lie_on_the_grid_in_order(
     assert times.t_index is not None
     assert times.u_index is not None
     assert int((times.u_index - times.t_index).max()) <= max_steps
-    if target == "smallest":
+    if end == "smallest":
         assert bool((times.s == levels[-1]).all())
 
 
@@ -149,7 +149,7 @@ def test_continuous_times_follow_closed_forms(sigma_min: float, sigma_max: float
 
 
 def test_continuous_times_may_all_end_at_sigma_min() -> None:
-    times = sample_continuous_times(100, generator=seeded(4), target="smallest")
+    times = sample_continuous_times(100, generator=seeded(4), end="smallest")
     assert bool((times.s == torch.tensor(0.002)).all())
     assert bool((times.u > times.s).any())
     assert times[3:] == (None, None, None, None)
@@ -160,16 +160,14 @@ def test_continuous_times_may_all_end_at_sigma_min() -> None:
     log_ratio=st.floats(1e-6, 14.0),
     rho=st.floats(0.1, 40.0),
     max_span=st.floats(1e-30, 1.0),
-    target=st.sampled_from(["uniform", "smallest"]),
+    end=st.sampled_from(["uniform", "smallest"]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
 def test_continuous_times_are_in_strict_order_whatever_rounding_does(
-    sigma_min: float, log_ratio: float, rho: float, max_span: float, target: str, dtype: torch.dtype
+    sigma_min: float, log_ratio: float, rho: float, max_span: float, end: str, dtype: torch.dtype
 ) -> None:
     sigma_max = sigma_min * math.exp(log_ratio)
-    times = sample_continuous_times(
-        64, sigma_min, sigma_max, rho, seeded(5), max_span=max_span, target=target, dtype=dtype
-    )
+    times = sample_continuous_times(64, sigma_min, sigma_max, rho, seeded(5), max_span=max_span, end=end, dtype=dtype)
     low, high = torch.tensor([sigma_min, sigma_max], dtype=dtype)
     assert {v.dtype for v in times[:3]} == {dtype}
     for larger, smaller in ((high, times.t), (times.u, times.s), (times.s, low)):
@@ -304,13 +302,13 @@ def test_cuda() -> None:
         ({"levels": torch.tensor([1.0, 0.0])}, ValueError, r"levels must be positive.*drop a final 0"),
         ({"max_steps": 0}, ValueError, r"max_steps must be at least 1, got 0"),
         ({"step_weighting": "heavy"}, ValueError, r"step_weighting must be one of 'weighted', 'uniform', got 'heavy'"),
-        ({"target": "last"}, ValueError, r"target must be one of 'uniform', 'smallest', got 'last'"),
+        ({"end": "last"}, ValueError, r"end must be one of 'uniform', 'smallest', got 'last'"),
     ],
 )
 def test_bad_input_on_a_grid(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         sample_jump_times(**{"batch": 4, "levels": GRID, **options})
-    if not {"max_steps", "step_weighting", "target"} & set(options):
+    if not {"max_steps", "step_weighting", "end"} & set(options):
         with pytest.raises(error, match=message):
             sample_adjacent_times(**{"batch": 4, "levels": GRID, **options})
 
@@ -325,7 +323,7 @@ def test_bad_input_on_a_grid(options: dict[str, Any], error: type[Exception], me
         ({"rho": -7.0}, ValueError, r"rho must be positive"),
         ({"max_span": 17}, ValueError, r"max_span must be at most 1.*got 17: divide steps by grid points"),
         ({"max_span": 0.0}, ValueError, r"max_span must be positive"),
-        ({"target": "last"}, ValueError, r"target must be one of 'uniform', 'smallest'"),
+        ({"end": "last"}, ValueError, r"end must be one of 'uniform', 'smallest'"),
         ({"generator": 0}, TypeError, r"generator must be a torch\.Generator or None"),
         ({"dtype": torch.bfloat16}, ValueError, r"dtype must be torch\.float32 or torch\.float64, got torch\.bfloat16"),
     ],

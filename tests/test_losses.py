@@ -14,6 +14,7 @@ import pytest
 import torch
 from global_rng import global_rng_untouched
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import analytic_precond as ap
 from analytic_precond.averaging import exponential_moving_average
@@ -219,6 +220,54 @@ def make_student(two_times: bool = True, dropout: float = 0.0) -> nn.Module:
     return (ap.ConsistencyTrajectoryModel if two_times else ap.ConsistencyModel)(network, ap.CTMPreconditioning())
 
 
+class Checkpointed(nn.Module):
+    """A network that drops its activations and computes them again in the backward pass."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return checkpoint(self.network, *inputs, use_reentrant=False)
+
+
+@pytest.mark.parametrize("wrap", [lambda network: network, Checkpointed], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "hold",
+    [lambda student: student, lambda student: student.forward, partial(torch.compile, backend="eager")],
+    ids=["module", "method", "compiled"],
+)
+def test_no_gradient_reaches_the_target_however_it_is_held(
+    hold: Callable[..., Any], wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    x_0, noise = (v.float() for v in gaussian_batch())
+    student, teacher = make_student(), ap.GaussianDenoiser(VARIANCES.float())
+    frozen, own = copy.deepcopy(student).requires_grad_(False), copy.deepcopy(student)
+    own.network = wrap(own.network)
+    trajectory_distillation_loss(teacher, student, frozen, x_0, noise, draw_times()).loss.backward()
+    trajectory_distillation_loss(teacher, own, hold(own), x_0, noise, draw_times()).loss.backward()
+    for expected, parameter in zip(student.parameters(), own.parameters(), strict=True):
+        if expected.grad is not None:  # not the label's
+            torch.testing.assert_close(parameter.grad, expected.grad)
+
+
+# Dynamo's own doing
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("loss_function", DISTILLATION)
+def test_a_training_step_compiles(loss_function: LossFunction) -> None:
+    x_0, noise = (v.float() for v in gaussian_batch())
+    student, teacher, times = make_student(), ap.GaussianDenoiser(VARIANCES.float()), draw_times()
+    compiled = torch.compile(loss_function, backend="eager")
+    gradients = []
+    for function in (loss_function, compiled):
+        student.zero_grad()
+        function(teacher, student, student, x_0, noise, times).loss.backward()
+        gradients.append(student.network.enter.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("two_times", [True, False])
 def test_students_of_the_library_in_float32_on_float64_grids(two_times: bool) -> None:
     x_0, noise = (v.float() for v in gaussian_batch())
@@ -233,6 +282,84 @@ def test_students_of_the_library_in_float32_on_float64_grids(two_times: bool) ->
     assert all(
         p.grad is not None and p.grad.isfinite().all() for n, p in student.named_parameters() if "label" not in n
     )
+
+
+class Foreign(nn.Module):
+    """Someone else's student, which multiplies levels and data as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return x + self.layer(torch.cat([x, t[:, None], s[:, None]], 1))
+
+
+@pytest.mark.parametrize("loss_function", DISTILLATION)
+def test_levels_come_in_the_datas_dtype(loss_function: LossFunction) -> None:
+    x_0, noise = gaussian_batch()
+    for dtype, expected in ((torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        student = Foreign().to(expected)
+        result = loss_function(None, student, student, x_0.to(dtype), noise.to(dtype), draw_times())
+        assert result.loss.dtype == expected
+    denoising_loss(lambda x, t: student(x.double(), t, t), x_0.float(), noise.float(), draw_times().t)
+
+
+@pytest.mark.parametrize("loss_function", DISTILLATION)
+def test_off_the_grid_the_teacher_takes_as_many_steps_as_edms_grid(loss_function: LossFunction) -> None:
+    """Where times lie on EDM's grid of 18 levels, the steps are those of the grid."""
+    x_0, noise = gaussian_batch()
+    times = draw_times()
+    student = GaussianFlow(VARIANCES * 1.2)
+    free = JumpTimes(*times[:3])
+    on_grid, off_grid = (
+        loss_function(ap.GaussianDenoiser(VARIANCES), student, student, x_0, noise, each).per_sample
+        for each in (times, free)
+    )
+    torch.testing.assert_close(off_grid, on_grid, rtol=1e-8, atol=0)  # rounding of t^(1/7)
+    fewer = loss_function(ap.GaussianDenoiser(VARIANCES), student, student, x_0, noise, free, num_steps=1).per_sample
+    assert (fewer - on_grid).abs().max() > 1e-3
+    one_each = torch.ones(64, dtype=torch.int64)
+    each = loss_function(ap.GaussianDenoiser(VARIANCES), student, student, x_0, noise, free, num_steps=one_each)
+    assert torch.equal(each.per_sample, fewer)
+
+
+def test_the_inner_jump_can_be_the_students_own() -> None:
+    """As sony/ctm: the student from u to s, its average from s to the end."""
+    x_0, noise = gaussian_batch()
+    times = draw_times()
+    student, average = GaussianFlow(VARIANCES * 1.3), GaussianFlow(VARIANCES * 0.9)
+    teacher = ap.GaussianDenoiser(VARIANCES)
+    result = trajectory_distillation_loss(teacher, student, average, x_0, noise, times, inner=student)
+    result.loss.backward()
+    assert average.variances.grad is None
+    x_u = trajectory_distillation_loss(
+        teacher, student, lambda x, t, s: x, x_0, noise, times, distance=squared_error
+    ).terms["target"]
+    with torch.no_grad():
+        goal = average(student(x_u, times.u, times.s), times.s, LEVELS[-1].expand(64))
+    torch.testing.assert_close(result.terms["target"], goal, rtol=1e-12, atol=1e-12)
+    alone = copy.deepcopy(student)
+    alone.variances.grad = None
+    estimate = average(alone(x_0 + times.t[:, None] * noise, times.t, times.s), times.s, LEVELS[-1].expand(64))
+    squared_error(estimate, goal).mean().backward()
+    torch.testing.assert_close(student.variances.grad, alone.variances.grad, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, 0.02), (0.02, 0.02), (0.01, 0.01)])
+def test_both_sides_are_compared_at_the_grids_last_level(given: float | None, expected: float) -> None:
+    ends = []
+
+    def student(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        ends.append(s)
+        return x
+
+    x_0, noise = gaussian_batch()
+    times = sample_jump_times(64, ap.karras_noise_levels(10, sigma_min=0.02), generator=torch.Generator())
+    trajectory_distillation_loss(None, student, student, x_0, noise, times, sigma_min=given)
+    assert ends[1].tolist() == ends[3].tolist() == [expected] * 64
+    trajectory_distillation_loss(None, student, student, x_0, noise, JumpTimes(*times[:3]))
+    assert ends[-1].tolist() == [0.002] * 64
 
 
 def test_dropout_is_shared_between_student_and_target() -> None:
@@ -326,6 +453,13 @@ def test_denoising_loss_takes_one_level_for_all_and_half_precision() -> None:
     assert result.loss.item() == pytest.approx((x_0.double() ** 2).mean().item() * 8, rel=1e-5)
 
 
+def test_denoising_levels_are_positive_and_one_per_sample() -> None:
+    x_0, noise = gaussian_batch()
+    for t, message in ((0.0, "must be finite and positive, got 0"), (torch.ones(64, 4), "one noise level per sample")):
+        with pytest.raises(ValueError, match=message):
+            denoising_loss(never, x_0, noise, t)
+
+
 def nan_student(x: Tensor, t: Tensor, s: Tensor) -> Tensor:
     return torch.where(ap.expand_to(t, x) > 50, torch.nan, x)
 
@@ -386,10 +520,29 @@ def test_bad_options_are_refused() -> None:
         call(sigma_data=0.0)
     with pytest.raises(ValueError, match="sigma_min must be positive"):
         call(sigma_min=-1.0)
+    with pytest.raises(ValueError, match="num_steps must be None, as the times' grid says"):
+        call(num_steps=3)
+    with pytest.raises(TypeError, match="must be callable as student"):
+        call(inner=3)
     with pytest.raises(ValueError, match=r"one number per sample, shape \(64,\), got \(64, 4\)"):
         call(distance=lambda x, y: (x - y) ** 2)
     with pytest.raises(ValueError, match=r"one number per sample, shape \(64,\), got float"):
         call(distance=lambda x, y: 0.0)
+    with pytest.raises(ValueError, match=r"weighting must return one number per sample, .* got \(64, 1\)"):
+        call(weighting=lambda t, u, s, sigma_data: t[:, None])  # would pair every weight with every sample
+    with pytest.raises(ValueError, match=r"weighting must return one number per sample, .* got float"):
+        call(weighting=lambda t, u, s, sigma_data: 1.0)
+
+
+@pytest.mark.parametrize("loss_function", DISTILLATION)
+@pytest.mark.parametrize(("answer", "got"), [(lambda x, t, s: (x,), "tuple"), (lambda x, t, s: x[:, :1], r"\(64, 1\)")])
+def test_answers_of_another_shape_are_refused(loss_function: LossFunction, answer: Any, got: str) -> None:
+    """A shape that broadcasts would train towards other numbers without a word."""
+    x_0, noise = gaussian_batch()
+    good = GaussianFlow(VARIANCES)
+    for student, target in ((answer, good), (good, answer)):
+        with pytest.raises(ValueError, match=rf"student must return a tensor of x's shape \(64, 4\), got {got}"):
+            loss_function(None, student, target, x_0, noise, draw_times())
 
 
 @pytest.mark.gpu

@@ -231,6 +231,7 @@ class TestLevels:
         (torch.tensor([]), ValueError, r"at least one level"),
         (80.0, TypeError, r"sequence of numbers, got 80\.0: write \[80\.0\]"),
         (["80"], TypeError, r"levels must hold floats or ints, got '80' \(str\)"),
+        ([torch.tensor(80.0), torch.tensor(1.0)], TypeError, r"\(Tensor\): a tensor's number is its \.item\(\)"),
         ([True, False], TypeError, r"got True"),
         (torch.ones(2, 2), ValueError, r"must be 1-D, got a tensor of shape \(2, 2\)"),
         ([80.0, 1, 0], TypeError, r"got both in \[80, 1, 0\]: write 80\.0"),
@@ -464,6 +465,7 @@ X = torch.zeros(3, 2)
         (lambda s: draw_noise(()), ValueError, r"shape must be \(B, \.\.\.\)"),
         (lambda s: draw_noise((2.0, 3)), TypeError, r"shape\[0\] must be an int"),
         (lambda s: draw_noise((2, 3), [Generator()]), ValueError, r"each of 2 samples, got 1"),
+        (lambda s: draw_noise((2, 3), dtype=torch.int64), TypeError, r"dtype must be a floating-point torch.dtype"),
         (lambda s: per_sample_generators(-1), ValueError, r"num must be at least 0"),
         (lambda s: per_sample_generators(2, [Generator()]), TypeError, r"generator must be a torch\.Generator"),
     ],
@@ -474,8 +476,10 @@ def test_bad_input(call: Callable[..., object], error: type[Exception], message:
 
 
 def test_a_student_of_another_shape() -> None:
-    with pytest.raises(ValueError, match=r"student must return x's shape \(3, 2\), got \(3, 1\)"):
+    with pytest.raises(ValueError, match=r"student must return a tensor of x's shape \(3, 2\), got \(3, 1\)"):
         sample_one_step(lambda x, t, s: x[:, :1], X)
+    with pytest.raises(ValueError, match="got tuple: unwrap output objects"):
+        sample_one_step(lambda x, t, s: (x,), X)
 
 
 def test_network_errors_come_through() -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -287,16 +285,6 @@ def test_exports_with_a_dynamic_batch() -> None:
     program = torch.export.export(student, batch(), dynamic_shapes={"x_t": {0: size}, "t": {0: size}, "s": {0: size}})
     args = batch(7)
     torch.testing.assert_close(program.module()(*args), student(*args))
-
-
-@pytest.fixture
-def process_group() -> Iterator[None]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

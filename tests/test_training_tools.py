@@ -140,6 +140,8 @@ def test_balance_is_bounded() -> None:
 
 def test_balance_refuses_losses_without_a_gradient() -> None:
     phi = torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match=r"reference must be a scalar tensor, got dict: pass the \.loss of a Loss"):
+        adaptive_balance({}, phi.sum(), phi)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"other must be a scalar loss, got shape \(2,\)"):
         adaptive_balance(phi.sum(), phi, phi)
     for other in (torch.ones(1, requires_grad=True).sum(), torch.tensor(1.0)):
@@ -149,10 +151,10 @@ def test_balance_refuses_losses_without_a_gradient() -> None:
 
 def test_nothing_touches_the_global_generators() -> None:
     with global_rng_untouched():
-        student = _network = nn.utils.skip_init(nn.Linear, 1, 1)
+        student = nn.utils.skip_init(nn.Linear, 1, 1)
         nn.init.ones_(student.weight)
         nn.init.ones_(student.bias)
-        exponential_moving_average(student, 0.9).update_parameters(_network)
+        exponential_moving_average(student, 0.9).update_parameters(student)
         adaptive_balance(student.weight.sum(), student.weight.sum(), student.weight)
         masks = SharedDropout()
         for _ in range(2):
