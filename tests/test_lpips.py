@@ -19,6 +19,7 @@ from stand_in_torchvision import get_weight, working_torchvision
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+import analytic_precond as ap
 from analytic_precond.lpips_distance import CM_RESIZE, LPIPSDistance, ResizeRule
 
 if find_spec("lpips") is None:
@@ -505,3 +506,30 @@ class TestPackages:
             monkeypatch.delitem(sys.modules, name)
         with pytest.raises(ImportError, match=r"built for the installed torch .*, got operator torchvision::nms"):
             plain(backbone=state)
+
+
+def test_in_a_trajectory_loss(distance: LPIPSDistance) -> None:
+    """The loss is lpips of the two sides by hand, and its gradient reaches a student that overshoots the range."""
+    x_0, noise = images(), torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(2))
+    levels = ap.karras_noise_levels(6)
+    times = ap.sample_jump_times(3, levels, generator=torch.Generator().manual_seed(0))
+    gain = torch.tensor(1.5, requires_grad=True)
+
+    def student(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        D = gain + ap.GaussianDenoiser(0.3)(x_t, t)
+        return ap.CTMPreconditioning().jump(x_t, D, t, s)
+
+    loss = ap.trajectory_distillation_loss(
+        ap.GaussianDenoiser(0.3), student, student, x_0, noise, times, distance=distance
+    )
+    hand = by_hand()(loss.terms["estimate"], loss.terms["target"]).flatten()
+    torch.testing.assert_close(loss.per_sample, hand, rtol=RTOL, atol=1e-9)
+    loss.loss.backward()
+    assert gain.grad is not None
+    assert gain.grad.isfinite()
+    assert gain.grad != 0
+    assert loss.terms["estimate"].abs().max() > 1.01
+    # 0..255 is refused in training, too
+    times = ap.JumpTimes(*torch.tensor([[0.02], [0.01], [0.002]]).expand(3, 3))
+    with pytest.raises(ValueError, match=r"images must lie in \[-1, 1\]"):
+        ap.trajectory_distillation_loss(None, student, student, 127.5 * (x_0 + 1), noise, times, distance=distance)
