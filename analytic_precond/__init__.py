@@ -34,6 +34,7 @@ from .jump_times import (
     sample_continuous_times,
     sample_jump_times,
 )
+from .least_squares import LeastSquaresPreconditioning
 from .loss import Loss
 from .loss_balance import adaptive_balance
 from .losses import consistency_distillation_loss, trajectory_distillation_loss
@@ -43,6 +44,7 @@ from .noise_conditioning import NOISE_CONDITIONINGS
 from .noise_level_sampling import sample_karras_noise_levels, sample_lognormal_noise_levels
 from .noise_levels import expand_to, karras_noise_levels, log_noise_levels
 from .ode import euler_step, heun_step, probability_flow_velocity, solve_ode
+from .per_mode import PerModePreconditioning
 from .per_sample_ode import heun_solve, heun_solve_between
 from .plotting import plot_preconditioning, plot_statistics
 from .preconditioning import CTMPreconditioning, DenoiserScalings, EDMPreconditioning, Preconditioning, Scalings
@@ -111,6 +113,8 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "LCMPreconditioning",
     "FlowMapPreconditioning",
     "AnalyticPreconditioning",
+    "LeastSquaresPreconditioning",
+    "PerModePreconditioning",
     # students
     "NOISE_CONDITIONINGS",
     "ConsistencyModel",

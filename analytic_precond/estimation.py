@@ -2,11 +2,10 @@ r"""From a teacher and data to `TeacherStatistics`, in one streaming pass (docs/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._checks import check_choice, check_count, check_levels, wide_dtype
@@ -16,6 +15,7 @@ from .measurement import Measurement
 from .moments import Centering, MomentSums, reference
 from .noise_levels import log_noise_levels
 from .teacher import Denoiser
+from .teacher_inputs import device_of, keywords_of
 from .teacher_statistics import L_METHODS, S_METHODS, StatisticsHeader, TeacherStatistics
 
 
@@ -102,7 +102,7 @@ def estimate_statistics(
     check_choice(l_method, L_METHODS, "l_method")
     check_choice(s_method, S_METHODS, "s_method")
     levels = levels.detach().to("cpu", torch.float64)
-    device = _device_of(denoiser, data) if device is None else torch.device(device)
+    device = device_of(denoiser, data) if device is None else torch.device(device)
     num_pairs, num_levels = num_samples // 2, len(levels)
 
     name = getattr(denoiser, "__qualname__", type(denoiser).__name__) if description is None else description
@@ -131,7 +131,7 @@ def estimate_statistics(
                 )
             noise, probes = pair_noise(seed, batch.first, len(x_0), sample_shape, probes=l_method == "hutchinson")
             noise = noise.to(x_0.device, wide_dtype(x_0.device))
-            keywords = {} if condition is None else _keywords(condition(*batch.extra), x_0.device)
+            keywords = {} if condition is None else keywords_of(condition(*batch.extra), x_0.device)
 
             rows = []
             for k, t in enumerate(levels.tolist()):
@@ -173,20 +173,3 @@ def _check_moments(moments: Tensor, levels: Tensor, batch: int) -> None:
             f"the teacher must return finite values, got NaN or infinity at {_where(k, levels[k].item(), batch)}, "
             f"sample {sample}: check its weights and precision (fp16 ends at 65504), and that data are in its range."
         )
-
-
-def _device_of(denoiser: Denoiser, data: object) -> torch.device | None:
-    """The teacher's device if it is a module that has one, else the data's if they are a tensor."""
-    tensor = data if isinstance(data, Tensor) else None
-    if isinstance(denoiser, nn.Module):
-        tensor = next(denoiser.parameters(), next(denoiser.buffers(), tensor))
-    return None if tensor is None else tensor.device
-
-
-def _keywords(condition: object, device: torch.device) -> dict[str, Any]:
-    if not isinstance(condition, Mapping):
-        raise TypeError(
-            f"condition must return a dict of the teacher's keyword arguments, got {type(condition).__name__}: "
-            f"lambda label: {{'class_labels': label}}."
-        )
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in condition.items()}

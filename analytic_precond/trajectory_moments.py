@@ -1,0 +1,147 @@
+r"""Second moments along a teacher's trajectories, for all pairs of levels, in one streaming pass.
+
+With $x_i$ the state at level i and $E_i = D(x_i, t_i) - a_i x_i$ (`moments.reference` says why), they are the means of
+$x_i x_j$, $E_i x_j$ and $E_i^2$ over trajectories and over the elements of a sample, or over groups of its coordinates
+in an orthonormal basis: all that a linear regression of $x_j$ on $x_i$ and $D_i$ needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .moments import Array, reference
+from .teacher import Denoiser
+from .trajectories import PASSES_PER_STEP, Start, trajectory
+
+
+@dataclass(frozen=True)
+class TrajectoryMoments:
+    """Products averaged over a group's elements, and summed over the trajectories of a block.
+
+    Attributes:
+        levels: Decreasing noise levels. Shape ``(K,)``.
+        counts: Trajectories per block; the spread between blocks gives standard errors. Shape ``(N,)``.
+        sizes: Elements per group. Shape ``(G,)``.
+        xx: Products of x_i and x_j. Shape ``(N, G, K, K)``.
+        Ex: Products of E_i and x_j. Shape ``(N, G, K, K)``.
+        EE: Squares of E_i. Shape ``(N, G, K)``.
+    """
+
+    levels: Array
+    counts: Array
+    sizes: Array
+    xx: Array
+    Ex: Array
+    EE: Array
+
+    def of_whole_samples(self) -> TrajectoryMoments:
+        """Return the same with one group: in an orthonormal basis products add up."""
+        share = self.sizes / self.sizes.sum()
+        xx, Ex, EE = (np.einsum("g,ng...->n...", share, part)[:, None] for part in (self.xx, self.Ex, self.EE))
+        return TrajectoryMoments(self.levels, self.counts, self.sizes.sum(keepdims=True), xx, Ex, EE)
+
+
+def flat(x: Tensor) -> Tensor:
+    """Return samples as vectors: the coordinates where no basis is asked for. Shape ``(B, d)``."""
+    return x.reshape(len(x), -1)
+
+
+@torch.no_grad()
+def trajectory_moments(
+    denoiser: Denoiser,
+    starts: Iterable[Start],
+    levels: Tensor,
+    num_trajectories: int,
+    num_blocks: int,
+    groups: Sequence[Tensor | slice] = (slice(None),),
+    to_modes: Callable[[Tensor], Tensor] = flat,
+    progress: bool = False,
+) -> TrajectoryMoments:
+    """Follow trajectories batch by batch, and sum their products.
+
+    Memory: the trajectories of one batch, ``2 K B d`` numbers, and the sums, ``2 N G K^2``, in float64.
+
+    Args:
+        denoiser: The teacher.
+        starts: Where trajectories begin, at ``levels[0]``.
+        levels: Decreasing noise levels. Shape ``(K,)``.
+        num_trajectories: How many there are.
+        num_blocks: Number of blocks of consecutive trajectories.
+        groups: The coordinates in each group.
+        to_modes: Maps samples to coordinates in an orthonormal basis. Shapes ``(B, ...)`` to ``(B, d)``.
+        progress: Show a progress bar.
+
+    Returns:
+        The moments; a block left without trajectories, where starts ran out, is left out.
+
+    Raises:
+        TypeError: If the teacher does not return a floating-point tensor.
+        ValueError: If it returns another shape, or a value that is not finite (the error names the level).
+    """
+    grid = levels.tolist()
+    total = num_trajectories * (1 + PASSES_PER_STEP * (len(grid) - 1))
+    sums = _Sums(levels, num_blocks, groups)
+    with tqdm(total=total, desc="trajectories", unit=" passes", unit_scale=True, disable=not progress) as bar:
+        for start in starts:
+            first, count = start.first, len(start.x)
+            states: list[Tensor] = []
+            differences: list[Tensor] = []
+            for x, difference in trajectory(denoiser, start, grid):
+                bar.update(count * (PASSES_PER_STEP if states else 1))
+                states.append(to_modes(x))
+                differences.append(to_modes(difference))
+            blocks = torch.arange(first, first + count, device="cpu") * num_blocks // num_trajectories
+            sums.add(blocks, torch.stack(states), torch.stack(differences))
+    return sums.close()
+
+
+class _Sums:
+    """The moments while they are summed, on the CPU in float64."""
+
+    def __init__(self, levels: Tensor, num_blocks: int, groups: Sequence[Tensor | slice]) -> None:
+        K, shape = len(levels), (num_blocks, len(groups))
+        self.levels, self.groups = levels, groups
+        self.counts, self.sizes = _zeros(num_blocks), _zeros(len(groups))
+        self.xx, self.Ex, self.EE = _zeros(*shape, K, K), _zeros(*shape, K, K), _zeros(*shape, K)
+
+    def add(self, blocks: Tensor, x: Tensor, difference: Tensor) -> None:
+        """Add a batch: the block of each trajectory, x and x - D(x). Shapes ``(B,)``, ``(K, B, d)`` twice."""
+        a = torch.from_numpy(reference(self.levels.numpy())).to(x)
+        E = (1 - a)[:, None, None] * x - difference
+        finite = E.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            k = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"the teacher must return finite values, got NaN or infinity on the way to noise level "
+                f"{self.levels[k].item():.6g} (index {k}): check its weights and precision (fp16 ends at 65504), and "
+                f"that data are in its range."
+            )
+        if self.counts.sum() == 0:
+            self.sizes[:] = torch.tensor([x[0, 0, g].numel() for g in self.groups], device="cpu")
+        for block in blocks.unique().tolist():
+            rows = (blocks == block).to(x.device)
+            x_rows, E_rows = x[:, rows], E[:, rows]
+            self.counts[block] += x_rows.shape[1]
+            products = [self._products(x_rows[..., g].flatten(1), E_rows[..., g].flatten(1)) for g in self.groups]
+            for total, parts in zip((self.xx, self.Ex, self.EE), zip(*products, strict=True), strict=True):
+                total[block] += torch.stack(parts).cpu() / self.sizes.reshape(-1, *[1] * (total.ndim - 2))
+
+    @staticmethod
+    def _products(x: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x @ x.T, E @ x.T, E.square().sum(1)
+
+    def close(self) -> TrajectoryMoments:
+        """Return the moments of the blocks that are not empty."""
+        filled = self.counts > 0
+        parts = (self.levels, self.counts[filled], self.sizes, self.xx[filled], self.Ex[filled], self.EE[filled])
+        return TrajectoryMoments(*(part.numpy() for part in parts))
+
+
+def _zeros(*shape: int) -> Tensor:
+    return torch.zeros(*shape, dtype=torch.float64, device="cpu")
