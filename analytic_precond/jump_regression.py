@@ -23,7 +23,7 @@ _RIDGE = 1e-8  # of the smaller of D and x - D
 _ROUNDING = 100.0  # times the squared epsilons of the teacher's dtype, of D, and of float64, of x
 _CANCELLATION = 1000.0  # times the epsilon of float64, of E x: the sums' own rounding
 _NETWORK = 0.03  # of EDM's c_out: errors of a student's network, below which a mode's D tells it nothing
-_LEAST_A = 0.5  # what hardly moves x_s could not be corrected by training; no Gaussian comes below
+_LEAST_A = 0.5  # an output that hardly moves x_s could not correct it
 
 
 class Regression(NamedTuple):

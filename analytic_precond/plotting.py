@@ -132,6 +132,11 @@ def _curves(precond: Preconditioning, t: float, s_min: float) -> tuple[Array, tu
     tensor = next(precond.buffers(), torch.zeros(0))  # on the device to compute on
     s = log_noise_levels(_POINTS, s_min, t).to(tensor.device, wide_dtype(tensor.device))
     s, c_skip, c_out = (v.detach().cpu().double().numpy() for v in (s, *precond(t, s)))
+    if c_skip.shape != s.shape:
+        raise TypeError(
+            f"preconditionings must have one pair of coefficients per jump, got {type(precond).__name__} with one per "
+            f"mode: draw those of a mode yourself, from precond(t, s)."
+        )
     euler = (t - s) / t
     c_out_ratio = np.divide(c_out, euler, out=np.full_like(c_out, np.nan), where=euler > 0)
     return s, (c_skip, c_skip / (s / t), c_out, c_out_ratio)

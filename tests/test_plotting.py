@@ -315,3 +315,12 @@ def test_no_pyplot_and_no_matplotlib_until_needed(tmp_path: Path) -> None:
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "figure.png")], check=True)
+
+
+def test_one_pair_per_mode_is_refused() -> None:
+    data = torch.randn(64, 2, 2, generator=torch.Generator().manual_seed(0))
+    precond = ap.PerModePreconditioning.fit(
+        ap.GaussianDenoiser(1.0), data, ap.log_noise_levels(6), num_trajectories=32, progress=False
+    )
+    with pytest.raises(TypeError, match="got PerModePreconditioning with one per mode"):
+        ap.plot_preconditioning(precond)
