@@ -166,14 +166,14 @@ def draw_samples(config: Configuration, folder: Path, problem: str, reference: T
                 images = load_file(path)
                 label = METHODS[name].label + (f", {length}" if length > usual else "")
                 rows[label] = (images["1 step"], images["2 steps"])
-    figure = Figure(figsize=(13, 0.62 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(15, 0.62 * len(rows) + 0.5), layout="constrained")
     panels = figure.subplots(len(rows), 2, squeeze=False)
     for row, (label, pair) in zip(panels, rows.items(), strict=True):
         for panel, images in zip(row, pair, strict=True):
             strip = torch.cat(list(images[:8].float()), 2).permute(1, 2, 0)
             panel.imshow((strip.clamp(-1, 1) + 1) / 2, cmap="gray", vmin=0, vmax=1)
             panel.set(xticks=[], yticks=[])
-        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=FONT - 2)
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=FONT - 3)
     for panel, title in zip(panels[0], ("1 step", "2 steps"), strict=True):
         panel.set_title(title, fontsize=FONT)
     return figure
