@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -22,3 +24,23 @@ class FixedPrecisionModule(nn.Module):
             if original is not None and moved is not None and moved.dtype != original.dtype:
                 self._buffers[name] = original.to(moved.device)
         return self
+
+
+class TableModule(FixedPrecisionModule):
+    """A table of a range of noise levels, whose ends Python knows too; a checkpoint that was cast is refused."""
+
+    @abstractmethod
+    def mirror_ends(self) -> None:
+        """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        for name, own in self.named_buffers(recurse=False):
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dtype != own.dtype:
+                errors.append(f"{prefix + name} must be {own.dtype}, got {given.dtype}: save the student uncast.")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.mirror_ends()

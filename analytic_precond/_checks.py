@@ -82,6 +82,14 @@ def check_positive(value: object, name: str) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}.")
 
 
+def check_range(sigma_min: object, sigma_max: object) -> None:
+    """Refuse anything but two positive noise levels, the smaller first."""
+    check_positive(sigma_min, "sigma_min")
+    check_positive(sigma_max, "sigma_max")
+    if sigma_min >= sigma_max:  # type: ignore[operator]  # both are numbers
+        raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}: swap them.")
+
+
 def check_choice(value: object, known: Iterable[str], name: str) -> None:
     """Refuse a name that is not among the known ones."""
     names = list(known)

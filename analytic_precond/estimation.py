@@ -15,7 +15,7 @@ from .measurement import Measurement
 from .moments import Centering, MomentSums, reference
 from .noise_levels import log_noise_levels
 from .teacher import Denoiser
-from .teacher_inputs import device_of, keywords_of
+from .teacher_inputs import check_request, device_of, keywords_of, name_of
 from .teacher_statistics import L_METHODS, S_METHODS, StatisticsHeader, TeacherStatistics
 
 
@@ -89,23 +89,16 @@ def estimate_statistics(
     levels = log_noise_levels() if levels is None else levels
     check_levels(levels)
     check_count(num_samples, 2, "num_samples", "Samples come in pairs x_0 + t n, x_0 - t n.")
-    check_count(batch_size, 1, "batch_size")
-    check_count(seed, 0, "seed")
-    if seed >= 2**64:
-        raise ValueError(f"seed must be below 2**64, got {seed}.")
     if intercept:
         check_count(num_samples, 4, "num_samples", "An intercept needs two pairs.")
-    if condition is not None and not callable(condition):
-        raise TypeError(f"condition must be callable, got {type(condition).__name__}: lambda label: {{'name': label}}.")
-    if not isinstance(description, str | None):
-        raise TypeError(f"description must be a str, got {description!r}.")
+    check_request(batch_size, seed, condition, description)
     check_choice(l_method, L_METHODS, "l_method")
     check_choice(s_method, S_METHODS, "s_method")
     levels = levels.detach().to("cpu", torch.float64)
     device = device_of(denoiser, data) if device is None else torch.device(device)
     num_pairs, num_levels = num_samples // 2, len(levels)
 
-    name = getattr(denoiser, "__qualname__", type(denoiser).__name__) if description is None else description
+    name = name_of(denoiser, description)
     measure = Measurement(denoiser, l_method, s_method)
     sums = MomentSums(num_pairs, num_levels)
     centering = Centering(num_pairs, num_levels) if intercept else None

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._buffers import FixedPrecisionModule
+from ._buffers import TableModule
 from .splines import Array
 
 Function = Callable[[Array], Array]
@@ -45,7 +45,7 @@ class PairIntegrals(NamedTuple):
     r: Tensor
 
 
-class IntegralTable(FixedPrecisionModule):
+class IntegralTable(TableModule):
     r"""Piecewise polynomials of $l$, $\ln L$, $\ln S$ and $N$ in $\lambda = -\ln t$.
 
     Args:
@@ -89,24 +89,12 @@ class IntegralTable(FixedPrecisionModule):
         )  # power, function, cell
         self.register_buffer("running", torch.from_numpy(_running_sum(_values(N, np.ones(1))[:, 0])))
         self.register_buffer("ends", torch.tensor([sigma_max, sigma_min], dtype=torch.float64, device="cpu"))
-        self._set_grid()
+        self.mirror_ends()
 
-    def _set_grid(self) -> None:
+    def mirror_ends(self) -> None:
         """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
         self.sigma_max, self.sigma_min = float(self.ends[0]), float(self.ends[1])
         self.cells_per_lambda = _CELLS / math.log(self.sigma_max / self.sigma_min)
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
-        errors: list[str],
-    ) -> None:  # fmt: skip
-        for name, own in self.named_buffers(recurse=False):
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.dtype != own.dtype:
-                errors.append(f"{prefix + name} must be {own.dtype}, got {given.dtype}: save the student uncast.")
-                return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self._set_grid()
 
     def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
         """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range."""

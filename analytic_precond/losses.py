@@ -85,7 +85,8 @@ def consistency_distillation_loss(
     _check(x_0, noise, times, num_steps, (student, target))
     masks = _masks(share_dropout)
     t, u, s = _levels(x_0, times)
-    x_t, x_u = _two_points(denoiser, x_0, noise, times, num_steps, condition)
+    x_t = add_noise(x_0, noise, t)
+    x_u = add_noise(x_0, noise, u) if denoiser is None else _follow(denoiser, x_t, times, num_steps, condition)
     with masks:
         estimate = _jump(student, x_t, t, s, condition)
     with torch.no_grad(), masks:
@@ -161,7 +162,8 @@ def trajectory_distillation_loss(
         check_positive(sigma_min, "sigma_min")
     masks = _masks(share_dropout)
     t, u, s = _levels(x_0, times)
-    x_t, x_u = _two_points(denoiser, x_0, noise, times, num_steps, condition)
+    x_t = add_noise(x_0, noise, t)
+    x_u = add_noise(x_0, noise, u) if denoiser is None else _follow(denoiser, x_t, times, num_steps, condition)
     last = times.levels[-1] if sigma_min is None and times.levels is not None else sigma_min or 0.002
     end = place(last, s.device, s.dtype).expand_as(s).minimum(s)  # float32 grids end at 0.0019999996
     with masks:
@@ -182,24 +184,15 @@ def _levels(x_0: Tensor, times: JumpTimes) -> tuple[Tensor, Tensor, Tensor]:
     return place(times.t, x_0.device, dtype), place(times.u, x_0.device, dtype), place(times.s, x_0.device, dtype)
 
 
-def _two_points(
-    denoiser: Denoiser | None,
-    x_0: Tensor,
-    noise: Tensor,
-    times: JumpTimes,
-    num_steps: Tensor | int | None,
-    condition: Mapping[str, Any],
-) -> tuple[Tensor, Tensor]:
-    """Return x_t and x_u on one trajectory. Indices on the CPU let the teacher's steps be planned without waiting."""
-    t, u, _ = _levels(x_0, times)
-    x_t = add_noise(x_0, noise, t)
-    if denoiser is None:
-        return x_t, add_noise(x_0, noise, u)
-    with torch.no_grad():
-        if times.levels is not None and times.t_index is not None and times.u_index is not None:
-            return x_t, heun_solve(denoiser, x_t, times.levels, times.t_index, times.u_index, **condition)
-        steps = _steps_of_edm(times) if num_steps is None else num_steps
-        return x_t, heun_solve_between(denoiser, x_t, times.t, times.u, steps, **condition)
+@torch.no_grad()
+def _follow(
+    denoiser: Denoiser, x_t: Tensor, times: JumpTimes, num_steps: Tensor | int | None, condition: Mapping[str, Any]
+) -> Tensor:
+    """Return x_u, the teacher's. Times as they came: indices on the CPU let its steps be planned without waiting."""
+    if times.levels is not None and times.t_index is not None and times.u_index is not None:
+        return heun_solve(denoiser, x_t, times.levels, times.t_index, times.u_index, **condition)
+    steps = _steps_of_edm(times) if num_steps is None else num_steps
+    return heun_solve_between(denoiser, x_t, times.t, times.u, steps, **condition)
 
 
 def _steps_of_edm(times: JumpTimes) -> Tensor:

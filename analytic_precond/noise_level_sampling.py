@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_positive, wide_dtype
+from ._checks import check_count, check_positive, check_range, wide_dtype
 
 
 def sample_lognormal_noise_levels(
@@ -149,7 +149,5 @@ def check_destination(generator: object, device: torch.device | str | None, dtyp
 
 def check_ramp(sigma_min: float, sigma_max: float, rho: float) -> None:
     """Refuse ends and an exponent that make no ramp."""
-    for value, name in ((sigma_min, "sigma_min"), (sigma_max, "sigma_max"), (rho, "rho")):
-        check_positive(value, name)
-    if sigma_min >= sigma_max:
-        raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}: swap them.")
+    check_range(sigma_min, sigma_max)
+    check_positive(rho, "rho")

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._checks import check_count, check_levels, check_noise_level, check_positive
+from ._checks import check_count, check_levels, check_noise_level, check_positive, check_range
 
 
 def karras_noise_levels(num: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
@@ -38,7 +38,8 @@ def karras_noise_levels(num: int, sigma_min: float = 0.002, sigma_max: float = 8
         >>> karras_noise_levels(3, sigma_min=1.0, sigma_max=4.0, rho=2.0).tolist()
         [4.0, 2.25, 1.0]
     """
-    _check_range(num, sigma_min, sigma_max)
+    check_count(num, 2, "num")
+    check_range(sigma_min, sigma_max)
     check_positive(rho, "rho")
     # scaled by sigma_max so that an extreme rho cannot overflow
     ramp = torch.linspace(1.0, (sigma_min / sigma_max) ** (1 / rho), num, dtype=torch.float64)
@@ -64,7 +65,8 @@ def log_noise_levels(num: int = 120, sigma_min: float = 0.002, sigma_max: float 
         >>> log_noise_levels(3, sigma_min=0.01, sigma_max=1.0).tolist()
         [1.0, 0.1, 0.01]
     """
-    _check_range(num, sigma_min, sigma_max)
+    check_count(num, 2, "num")
+    check_range(sigma_min, sigma_max)
     ln_t = torch.linspace(math.log(sigma_max), math.log(sigma_min), num, dtype=torch.float64)
     return _pin_ends(ln_t.exp(), sigma_min, sigma_max)
 
@@ -89,14 +91,6 @@ def expand_to(t: Tensor, x: Tensor) -> Tensor:
     """
     check_noise_level(t, x)
     return t if t.ndim == x.ndim else t.reshape(-1, *[1] * (x.ndim - 1))
-
-
-def _check_range(num: int, sigma_min: float, sigma_max: float) -> None:
-    check_count(num, 2, "num")
-    check_positive(sigma_min, "sigma_min")
-    check_positive(sigma_max, "sigma_max")
-    if sigma_min >= sigma_max:
-        raise ValueError(f"sigma_min must be below sigma_max, got {sigma_min} and {sigma_max}: swap them.")
 
 
 def _pin_ends(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:

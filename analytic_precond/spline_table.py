@@ -7,17 +7,16 @@ traceable by torch.compile, differentiable in both levels.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ._buffers import FixedPrecisionModule
+from ._buffers import TableModule
 from .splines import Array, spline
 
 
-class SplineTable(FixedPrecisionModule):
+class SplineTable(TableModule):
     r"""Several functions f(t, s), from B-spline coefficients.
 
     Args:
@@ -38,7 +37,7 @@ class SplineTable(FixedPrecisionModule):
         self.register_buffer("knots", torch.from_numpy(knots))
         self.register_buffer("basis", torch.from_numpy(basis))
         self.register_buffer("control", control.clone())
-        self._set_ends()
+        self.mirror_ends()
 
     @staticmethod
     def control_points(levels: Array, values: Array) -> Array:
@@ -55,21 +54,9 @@ class SplineTable(FixedPrecisionModule):
         along_t: Array = spline(levels, along_s).c  # (K_t, K_s, F)
         return along_t
 
-    def _set_ends(self) -> None:
+    def mirror_ends(self) -> None:
         """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
         self.sigma_max, self.sigma_min = float(self.levels[0]), float(self.levels[-1])
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
-        errors: list[str],
-    ) -> None:  # fmt: skip
-        for name, own in self.named_buffers(recurse=False):
-            given = state_dict.get(prefix + name)
-            if isinstance(given, Tensor) and given.dtype != own.dtype:
-                errors.append(f"{prefix + name} must be {own.dtype}, got {given.dtype}: save the student uncast.")
-                return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self._set_ends()
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
         """Return the functions' values. Shapes: ``t`` and ``s`` alike, the result ``(F, *t.shape)``."""

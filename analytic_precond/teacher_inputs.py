@@ -1,4 +1,4 @@
-"""Where a teacher runs, and what it is told with a batch."""
+"""What every pass of a teacher over data asks: how, where it runs, what it is told with a batch, its name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._checks import check_count
 from .teacher import Denoiser
+
+
+def check_request(batch_size: int, seed: int, condition: object, description: object) -> None:
+    """Refuse what no pass over the data can be made with."""
+    check_count(batch_size, 1, "batch_size")
+    check_count(seed, 0, "seed")
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}.")
+    if condition is not None and not callable(condition):
+        raise TypeError(f"condition must be callable, got {type(condition).__name__}: lambda label: {{'name': label}}.")
+    if not isinstance(description, str | None):
+        raise TypeError(f"description must be a str, got {description!r}.")
+
+
+def name_of(denoiser: Denoiser, description: str | None) -> str:
+    """Return the teacher in words: the description, or else its own name."""
+    return getattr(denoiser, "__qualname__", type(denoiser).__name__) if description is None else description
 
 
 def device_of(denoiser: Denoiser, data: object) -> torch.device | None:

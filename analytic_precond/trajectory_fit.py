@@ -15,7 +15,7 @@ from .derivatives import Condition
 from .fitted_preconditioning import FitHeader
 from .noise_levels import log_noise_levels
 from .teacher import Denoiser
-from .teacher_inputs import device_of, keywords_of
+from .teacher_inputs import check_request, device_of, keywords_of, name_of
 from .trajectories import Start
 from .trajectory_moments import TrajectoryMoments, flat, trajectory_moments
 
@@ -78,17 +78,10 @@ def measure_trajectories(
     levels = log_noise_levels(_NUM_LEVELS) if levels is None else levels
     check_levels(levels)
     check_count(num_trajectories, 1, "num_trajectories")
-    check_count(batch_size, 1, "batch_size")
-    check_count(seed, 0, "seed")
-    if seed >= 2**64:
-        raise ValueError(f"seed must be below 2**64, got {seed}.")
-    if condition is not None and not callable(condition):
-        raise TypeError(f"condition must be callable, got {type(condition).__name__}: lambda label: {{'name': label}}.")
-    if not isinstance(description, str | None):
-        raise TypeError(f"description must be a str, got {description!r}.")
+    check_request(batch_size, seed, condition, description)
     levels = levels.detach().to("cpu", torch.float64)
     device = device_of(denoiser, data) if device is None else torch.device(device)
-    name = getattr(denoiser, "__qualname__", type(denoiser).__name__) if description is None else description
+    name = name_of(denoiser, description)
 
     def start(batch: Batch) -> Start:
         x_0 = batch.x
