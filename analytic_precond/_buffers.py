@@ -6,7 +6,10 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ._checks import wide_dtype
 
 
 class FixedPrecisionModule(nn.Module):
@@ -14,16 +17,57 @@ class FixedPrecisionModule(nn.Module):
 
     A mixed-precision training code casts the whole student; coefficients rounded to 8 bits would no longer meet the
     boundary condition.
+
+    Where the device has no float64, float64 buffers stay on the CPU, so that what is saved, copied or moved on loses
+    nothing. The device gets float32 tensors, plain attributes, which Python finds before buffers of the same name.
     """
+
+    narrow_device: torch.device | None = None  # where the float32 tensors are, if there are any
+    _narrow_names: tuple[str, ...] = ()
+
+    @property
+    def _device(self) -> torch.device:
+        """Where this, or the first of its parts that has numbers, computes."""
+        for module in self.modules():
+            for buffer in module.buffers(recurse=False):
+                narrow = module.narrow_device if isinstance(module, FixedPrecisionModule) else None
+                return narrow or buffer.device
+        return torch.get_default_device()
+
+    def narrowed(self) -> dict[str, Tensor]:
+        """Return what a device without float64 computes with, on the CPU: the float64 buffers, rounded."""
+        return {name: buffer.float() for name, buffer in self.named_buffers(recurse=False) if _is_wide(buffer)}
+
+    def _narrow(self, device: torch.device | None) -> None:
+        """Make the float32 tensors that a device computes with, None for none."""
+        for name in self._narrow_names:
+            del self.__dict__[name]
+        tensors = {} if device is None else {name: tensor.to(device) for name, tensor in self.narrowed().items()}
+        self.__dict__.update(tensors)
+        self.narrow_device, self._narrow_names = device, tuple(tensors)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedPrecisionModule:
         originals = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self._device_without_float64(fn)
+        super()._apply(fn if device is None else lambda t: t if _is_wide(t) else fn(t), recurse)  # type: ignore[no-untyped-call]
         for name, original in originals.items():
             moved = self._buffers[name]
             if original is not None and moved is not None and moved.dtype != original.dtype:
                 self._buffers[name] = original.to(moved.device)
+        self._narrow(device)
         return self
+
+    def _device_without_float64(self, fn: Callable[[Tensor], Tensor]) -> torch.device | None:
+        """Return where ``fn`` moves tensors if no float64 can follow: float64 tensors themselves cannot tell."""
+        wide = next((buffer for buffer in self.buffers(recurse=False) if _is_wide(buffer)), None)
+        if wide is None:
+            return None
+        device = fn(torch.empty(0, device=self.narrow_device or wide.device)).device
+        return None if wide_dtype(device) == torch.float64 else device
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._narrow(self.narrow_device)
 
 
 class TableModule(FixedPrecisionModule):
@@ -44,3 +88,7 @@ class TableModule(FixedPrecisionModule):
                 return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.mirror_ends()
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float64

@@ -49,6 +49,11 @@ def check_levels(levels: object, name: str = "levels") -> None:
             f"{levels[index + 1].item()} at index {index}: sort them (levels.sort(descending=True).values) and drop "
             f"duplicates."
         )
+    if bool((levels[0].double() / levels[-1].double()).isinf()):
+        raise ValueError(
+            f"{name} must span a ratio that float64 holds, got {levels[0].item()} to {levels[-1].item()}: end at a "
+            f"larger one."
+        )
 
 
 def check_noise_level(t: object, x: Tensor, name: str = "t") -> None:
@@ -107,15 +112,25 @@ def check_reached(reached: object, x: Tensor) -> None:
         )
 
 
+WITHOUT_FLOAT64 = ("mps",)  # Apple's
+"""Types of the devices that have no float64."""
+
+
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating dtype that the device computes in: float64, but float32 on Apple's MPS."""
-    return torch.float32 if device.type == "mps" else torch.float64
+    """The widest floating dtype that the device computes in: float64, or float32 where there is none."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a number or a tensor on a device without waiting for it, as copying from the CPU does by default."""
+    """Return a number or a tensor on a device without waiting for it, as copying from the CPU does by default.
+
+    In the dtype asked for, but never in a float64 that the device does not have.
+    """
+    if dtype == torch.float64:
+        dtype = wide_dtype(device)
     if isinstance(value, Tensor):
-        return value.to(device, dtype, non_blocking=True)
+        # MPS goes on to read a source that is gone (pytorch issue 189690)
+        return value.to(device, dtype, non_blocking=device.type != "mps")
     return torch.full((), value, dtype=dtype, device=device)
 
 

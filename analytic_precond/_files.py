@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
+
+_LARGEST_FILE = 2**34  # bytes: means of 120 levels of samples of 17 million elements; larger ones are holes or noise
+_LONGEST_HEADER = 2**22  # bytes: a million seeds
 
 
 def write_tensors(
@@ -26,10 +30,12 @@ def write_tensors(
         raise ValueError(f"expected the path of a file to write, got the folder {path}: add a file name.")
     # one key, since safetensors writes several in an order that changes from run to run
     metadata = {"header": json.dumps({"kind": kind, **header}, sort_keys=True)}
+    content = serialize({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata)
+    _check_size(len(content), content[:8])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(serialize({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -38,22 +44,60 @@ def write_tensors(
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_tensors` wrote; raise FileNotFoundError or ValueError for anything else."""
+    """Read what `write_tensors` wrote.
+
+    Args:
+        path: The file.
+        kind: What was written.
+
+    Returns:
+        The header, and the tensors as they lie on disk: they change or vanish with the file, and cost memory once they
+        are read. Check their dtypes and shapes first, and copy what is to stay.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is anything else, or not whole.
+    """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(
             f"expected a {kind} file, got no file at {path}: check the path, or write it with save."
         )
     try:
+        if not path.is_file():  # a pipe would be waited for, a device has no end
+            raise ValueError("it is no regular file")
+        with open(path, "rb") as start:
+            _check_size(path.stat().st_size, start.read(8))
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "{}"))
             found = header.pop("kind", None) if isinstance(header, dict) else None
             if found != kind:
                 raise ValueError(f"its header says {found!r:.100}, not {kind!r}")
-            # cloned: the file's own tensors are mapped from disk, and change or vanish with it
-            return header, {name: file.get_tensor(name).clone() for name in file.keys()}
+            return header, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
         raise ValueError(
-            f"expected a {kind} file as written by save, got {path}, which is not one or is damaged ({error}): "
+            f"expected a {kind} file as written by save, got {path}, which is not one or is damaged ({error!s:.500}): "
             f"write it again or fetch it again."
         ) from error
+
+
+def sample_shape_of(header: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the sample shape that a file's header says, checked: no product of it overflows."""
+    shape = header.get("sample_shape")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > 60
+        or not all(type(size) is int and 0 < size < 2**60 for size in shape)
+        or math.prod(shape) >= 2**60
+    ):
+        raise ValueError(f"header field 'sample_shape' must hold positive integers, got {shape!r}")
+    return tuple(shape)
+
+
+def _check_size(size: int, first_bytes: bytes) -> None:
+    """Refuse what can only be damage, however consistent. The first eight bytes are the header's length."""
+    header = int.from_bytes(first_bytes, "little")
+    if size > _LARGEST_FILE or header > _LONGEST_HEADER:
+        raise ValueError(
+            f"a file may have {_LARGEST_FILE} bytes, {_LONGEST_HEADER} of them for its header, got {size} and {header}"
+        )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._checks import wide_dtype
+from .out_of_memory import is_out_of_memory
 from .teacher import Denoiser
 
 Condition = Mapping[str, Any]
@@ -45,11 +46,11 @@ class JacobianForm:
             try:
                 denoised, product = jvp(self.denoiser, x, t, v, torch.zeros_like(t), condition)
                 return denoised, _inner(v, product)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:  # NotImplementedError is one
-                self.forward_mode = False
-                self._check_reverse_mode(x, t, v, condition)
+            except RuntimeError as error:  # NotImplementedError is one
+                if is_out_of_memory(error):
+                    raise
+            self._check_reverse_mode(x, t, v, condition)
+            self.forward_mode = False
         return self._by_vjp(x, t, v, condition)
 
     def _check_reverse_mode(self, x: Tensor, t: Tensor, v: Tensor, condition: Condition) -> None:
@@ -77,9 +78,9 @@ class JacobianForm:
             denoised = self.denoiser(x, t, **condition)
             try:
                 (product,) = torch.autograd.grad(denoised, x, v)
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
                 raise RuntimeError(
                     "expected a teacher with a forward- or reverse-mode derivative in x, got neither (a no_grad "
                     f"inside it?): use l_method='stein', which needs forward passes only. It said: {error}"
@@ -96,9 +97,9 @@ def ode_derivative_jvp(denoiser: Denoiser, x: Tensor, t: Tensor, denoised: Tenso
     """
     try:
         return jvp(denoiser, x, t, denoised - x, -t, condition)[1]
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise RuntimeError(
             "expected a teacher with a forward-mode derivative for s_method='jvp', got a layer without one: use "
             "s_method='finite-difference' (two more forward passes) or 'transport' (none), or run fused attention "

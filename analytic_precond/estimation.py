@@ -2,6 +2,7 @@ r"""From a teacher and data to `TeacherStatistics`, in one streaming pass (docs/
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -9,14 +10,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._checks import check_choice, check_count, check_levels, wide_dtype
-from .batches import iterate_batches, pair_noise
+from .batches import open_source, pair_noise
+from .checkpointing import Checkpoint
 from .derivatives import Condition
-from .measurement import Measurement
-from .moments import Centering, MomentSums, reference
+from .distributed import processes
+from .estimation_run import EstimationRun
+from .estimation_state import Request
+from .measurement import Measurement, where
+from .moments import MOMENTS
 from .noise_levels import log_noise_levels
+from .out_of_memory import BatchSize, largest_batch
 from .teacher import Denoiser
 from .teacher_inputs import check_request, device_of, keywords_of, name_of
-from .teacher_statistics import L_METHODS, S_METHODS, StatisticsHeader, TeacherStatistics
+from .teacher_statistics import L_METHODS, S_METHODS, TeacherStatistics
 
 
 @torch.no_grad()
@@ -25,7 +31,7 @@ def estimate_statistics(
     data: object,
     levels: Tensor | None = None,
     num_samples: int = 4096,
-    batch_size: int = 256,
+    batch_size: BatchSize = 256,
     l_method: str = "stein",
     s_method: str = "transport",
     seed: int = 0,
@@ -35,6 +41,8 @@ def estimate_statistics(
     condition: Callable[..., Condition] | None = None,
     device: torch.device | str | None = None,
     description: str | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 1,
 ) -> TeacherStatistics:
     r"""Estimate a teacher's coefficients $l_t$, $s_t$ and the remainder's RMS over a grid of noise levels.
 
@@ -56,7 +64,9 @@ def estimate_statistics(
             batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
         levels: Decreasing noise levels, shape ``(K,)``. Default: `log_noise_levels` (120 from 80 to 0.002).
         num_samples: Noisy samples per level, two for each clean one; an odd one is left out.
-        batch_size: Largest batch that the teacher sees. It does not change the result, beyond rounding.
+        batch_size: Largest batch that the teacher sees; several levels share a call where the data's are small.
+            ``"auto"`` begins at 256 and halves it where memory runs out. It does not change the result, beyond
+            rounding.
         l_method: ``"stein"``, ``"hutchinson"`` or ``"exact"``.
         s_method: ``"transport"``, ``"jvp"`` or ``"finite-difference"``.
         seed: Seed of noise and data order; the same seed gives the same numbers. The global RNG is left as it was.
@@ -67,14 +77,21 @@ def estimate_statistics(
             ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored.
         device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
         description: The teacher in words, for the file's header. Default: its name.
+        resume: A file that keeps what is finished: an interrupted estimate, called again in the same way, goes on from
+            there and ends with the same numbers, bit for bit.
+        checkpoint_every: Batches from one writing of that file to the next.
 
     Returns:
-        The statistics.
+        The statistics. In a torch.distributed process group each process measures a share of the samples; all must make
+        this call, and all get the same statistics.
 
     Raises:
         TypeError: If an argument has the wrong type, or data are not floating-point.
         ValueError: If an argument is out of range, data are empty or not finite, or the teacher returns a wrong shape
-            or a value that is not finite (the error names the level and the batch).
+            or a value that is not finite (the error names the level and the batch); if ``resume`` holds something else,
+            or the processes of a group ask for different things.
+        OSError: If ``resume`` cannot be written: before the teacher is asked, or with the previous file intact.
+        RuntimeError: If another process of the group has failed; the error says with what.
 
     Example:
         >>> from analytic_precond import GaussianDenoiser, estimate_statistics
@@ -84,77 +101,57 @@ def estimate_statistics(
         >>> stats.l  # 0.25 / (0.25 + t^2)
         tensor([0.0588, 0.2000, 0.5000], dtype=torch.float64)
     """
-    if not callable(denoiser):
-        raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
-    levels = log_noise_levels() if levels is None else levels
-    check_levels(levels)
-    check_count(num_samples, 2, "num_samples", "Samples come in pairs x_0 + t n, x_0 - t n.")
-    if intercept:
-        check_count(num_samples, 4, "num_samples", "An intercept needs two pairs.")
-    check_request(batch_size, seed, condition, description)
-    check_choice(l_method, L_METHODS, "l_method")
-    check_choice(s_method, S_METHODS, "s_method")
-    levels = levels.detach().to("cpu", torch.float64)
-    device = device_of(denoiser, data) if device is None else torch.device(device)
-    num_pairs, num_levels = num_samples // 2, len(levels)
+    with processes() as together:
+        if not callable(denoiser):
+            raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
+        levels = log_noise_levels() if levels is None else levels
+        check_levels(levels)
+        check_count(num_samples, 2, "num_samples", "Samples come in pairs x_0 + t n, x_0 - t n.")
+        if intercept:
+            check_count(num_samples, 4, "num_samples", "An intercept needs two pairs.")
+        check_request(batch_size, seed, condition, description)
+        check_choice(l_method, L_METHODS, "l_method")
+        check_choice(s_method, S_METHODS, "s_method")
+        levels = levels.detach().to("cpu", torch.float64)
+        device = device_of(denoiser, data) if device is None else torch.device(device)
+        name, num_levels, largest = name_of(denoiser, description), len(levels), largest_batch(batch_size)
+        measure = Measurement(denoiser, l_method, s_method, batch_size)
+        checkpoint = None if resume is None else Checkpoint(resume, checkpoint_every, batch_size)
 
-    name = name_of(denoiser, description)
-    measure = Measurement(denoiser, l_method, s_method)
-    sums = MomentSums(num_pairs, num_levels)
-    centering = Centering(num_pairs, num_levels) if intercept else None
-    sample_shape, precision = None, ""
-    bar = tqdm(
-        total=2 * num_pairs * num_levels,
-        desc=f"statistics of {name}",
-        unit=" passes",
-        unit_scale=True,
-        disable=not progress,
-    )
-    with bar, torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles
-        for number, batch in enumerate(iterate_batches(data, num_pairs, batch_size, seed)):
-            x_0 = batch.x if device is None else batch.x.to(device)
-            x_0 = x_0.to(torch.promote_types(x_0.dtype, torch.float32))  # half precision cannot hold x_0 + 0.002 n
-            if sample_shape is None:
-                sample_shape, precision = x_0.shape[1:], str(x_0.dtype).removeprefix("torch.")
-            if x_0.shape[1:] != sample_shape:
-                raise ValueError(
-                    f"data must hold samples of one shape, got {tuple(x_0.shape[1:])} in batch {number} after "
-                    f"{tuple(sample_shape)}: resize them first."
-                )
-            noise, probes = pair_noise(seed, batch.first, len(x_0), sample_shape, probes=l_method == "hutchinson")
-            noise = noise.to(x_0.device, wide_dtype(x_0.device))
-            keywords = {} if condition is None else keywords_of(condition(*batch.extra), x_0.device)
+        with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+            source = open_source(data, largest, seed)
+            request = Request(
+                tuple(levels.tolist()), num_samples, l_method, s_method, seed, intercept, condition is not None,
+                name, source.words,
+            )  # fmt: skip
+            run = EstimationRun(together, request, source, checkpoint)
+            bar = tqdm(
+                total=2 * run.num_units * num_levels,
+                initial=2 * run.state.num_done * num_levels,
+                desc=f"statistics of {name}",
+                unit=" passes",
+                unit_scale=True,
+                disable=not progress or together.rank > 0,
+            )
+            with bar, run.interruptible():
+                for number, batch in run.batches(largest, device):
+                    x_0, first, state = batch.x, batch.first, run.state
+                    noise, probes = pair_noise(seed, first, len(x_0), x_0.shape[1:], probes=l_method == "hutchinson")
+                    noise = noise.to(x_0.device, wide_dtype(x_0.device))
+                    keywords = {} if condition is None else keywords_of(condition(*batch.extra), x_0.device)
 
-            rows = []
-            for k, t in enumerate(levels.tolist()):
-                bar.set_postfix(level=f"{k + 1}/{num_levels}", samples=2 * (batch.first + len(x_0)), refresh=False)
-                moments, features = measure(x_0, noise, probes, t, keywords, _where(k, t, number))
-                rows.append(moments)
-                if centering is not None:
-                    centering.add(k, batch.first, features)
-                bar.update(2 * len(x_0))
-            all_moments = torch.stack(rows).to("cpu", torch.float64)  # one transfer per batch
-            _check_moments(all_moments, levels, number)
-            sums.add(batch.first, all_moments)
-
-    assert sample_shape is not None
-    means = None if centering is None else centering.close(sums)
-    header = StatisticsHeader(l_method, s_method, (seed,), tuple(sample_shape), precision, name)
-    filled = sums.counts > 0
-    a = torch.from_numpy(reference(levels.numpy()))[:, None]  # D = E + a x
-    return TeacherStatistics(
-        levels,
-        sums.counts[filled],
-        sums.values[filled],
-        header,
-        None if means is None else (means[:, 0] + a * means[:, 1]).reshape(num_levels, *sample_shape),
-        None if means is None else means[0, 1].reshape(sample_shape),
-    )
-
-
-def _where(level: int, t: float, batch: int) -> str:
-    return f"noise level {t:.6g} (index {level}), batch {batch}"
+                    moments = noise.new_empty(num_levels, len(x_0), len(MOMENTS))
+                    for part in measure(x_0, noise, probes, levels, keywords, number):
+                        seen = 2 * (first + part.samples.stop)
+                        bar.set_postfix(level=f"{part.level + 1}/{num_levels}", samples=seen, refresh=False)
+                        moments[part.level, part.samples] = part.moments
+                        if state.centering is not None:
+                            state.centering.add(part.level, first + part.samples.start, part.features)
+                        bar.update(2 * len(part.moments))
+                    moments = moments.to("cpu", torch.float64)  # one transfer per batch
+                    _check_moments(moments, levels, number)
+                    state.sums.add(first, moments)
+            return run.statistics()
 
 
 def _check_moments(moments: Tensor, levels: Tensor, batch: int) -> None:
@@ -163,6 +160,6 @@ def _check_moments(moments: Tensor, levels: Tensor, batch: int) -> None:
     if not bool(finite.all()):
         k, sample = (~finite).nonzero()[0].tolist()
         raise ValueError(
-            f"the teacher must return finite values, got NaN or infinity at {_where(k, levels[k].item(), batch)}, "
+            f"the teacher must return finite values, got NaN or infinity at {where([levels[k].item()], k, batch)}, "
             f"sample {sample}: check its weights and precision (fp16 ends at 65504), and that data are in its range."
         )

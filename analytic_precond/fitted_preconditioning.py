@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ._checks import check_finite, check_levels
-from ._files import read_tensors, write_tensors
+from ._files import read_tensors, sample_shape_of, write_tensors
 from .jump_table import JumpTable
 from .preconditioning import Preconditioning
 
 Fitted = TypeVar("Fitted", bound="FittedPreconditioning")
+
+_LARGEST = 1e30  # far beyond any coefficient, and far from where float32 ends
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,9 @@ class FitHeader:
         for name, kind in kinds.items():
             if type(header.get(name)) is not kind:
                 raise ValueError(f"header field {name!r} must be of type {kind.__name__}, got {header.get(name)!r}")
-        shape = header["sample_shape"]
-        if not all(type(size) is int and size > 0 for size in shape):
-            raise ValueError(f"header field 'sample_shape' must hold positive integers, got {shape!r}")
-        return FitHeader(**{name: header[name] for name in kinds} | {"sample_shape": tuple(shape)})
+        if header["num_trajectories"] < 1 or not 0 <= header["seed"] < 2**64:
+            raise ValueError(f"there must be trajectories, of a seed below 2**64, got {header}")
+        return FitHeader(**{name: header[name] for name in kinds} | {"sample_shape": sample_shape_of(header)})
 
 
 class FittedPreconditioning(Preconditioning):
@@ -108,7 +109,8 @@ class FittedPreconditioning(Preconditioning):
         """
         header, tensors = self._to_file()
         header |= {**asdict(self.header), "sigma_data": self.sigma_data}
-        tensors |= {"levels": self.table.levels, "control": self.table.control}
+        table = self.table.state_dict()  # the float64 tables, whatever the device computes with
+        tensors |= {"levels": table["levels"], "control": table["control"]}
         write_tensors(path, self._kind(), header, {name: tensor.cpu() for name, tensor in tensors.items()})
 
     @classmethod
@@ -132,8 +134,10 @@ class FittedPreconditioning(Preconditioning):
             if not isinstance(sigma_data, float):
                 raise ValueError(f"header field 'sigma_data' must be a number, got {sigma_data!r}")
             return cls._from_file(table, FitHeader.of(header), sigma_data, header, tensors)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"expected a {cls.__name__} in {path}, got parts that do not fit: {error}") from error
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"expected a {cls.__name__} in {path}, got parts that do not fit: {error!s:.500}"
+            ) from error
 
     @classmethod
     def _kind(cls) -> str:
@@ -159,7 +163,7 @@ class FittedPreconditioning(Preconditioning):
 def expect(
     tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype, finite: bool = True
 ) -> Tensor:
-    """Return a tensor from a file, checked.
+    """Return a copy of a tensor in a file, made once its dtype and shape are as expected.
 
     Args:
         tensors: The file's tensors.
@@ -169,7 +173,7 @@ def expect(
         finite: Refuse NaN and infinity.
 
     Returns:
-        The tensor.
+        The copy.
 
     Raises:
         ValueError: If it is missing, of another shape or dtype, or not finite where it must be.
@@ -178,6 +182,7 @@ def expect(
     if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
         got = "nothing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
         raise ValueError(f"{name} must be {dtype} of shape {shape}, got {got}")
+    tensor = tensor.clone()
     if finite:
         check_finite(tensor, name)
     return tensor
@@ -186,10 +191,15 @@ def expect(
 def _table_of(tensors: Mapping[str, Tensor]) -> JumpTable:
     if not {"levels", "control"} <= tensors.keys():
         raise ValueError(f"tensors levels and control are needed, got {sorted(tensors)}")
-    levels, functions = tensors["levels"], tensors["control"].shape[-1:].numel()
-    check_levels(levels)
-    expect(tensors, "levels", (len(levels),), torch.float64)
+    K, functions = tensors["levels"].numel(), tensors["control"].shape[-1:].numel()
     if functions % 2 or not functions:
         raise ValueError(f"control must hold a and b for each group, got {functions} functions")
     dtype = torch.float32 if tensors["control"].dtype == torch.float32 else torch.float64
-    return JumpTable(levels, expect(tensors, "control", (len(levels), len(levels), functions), dtype))
+    control = expect(tensors, "control", (K, K, functions), dtype)
+    if bool((control.abs() > _LARGEST).any()):
+        raise ValueError(f"control must be coefficients of jumps, got {control.abs().max().item():.3g}")
+    levels = expect(tensors, "levels", (K,), torch.float64)
+    check_levels(levels)
+    table = JumpTable(levels, control)
+    check_finite(table.basis, "splines through levels")
+    return table

@@ -64,9 +64,10 @@ class CMPreconditioning(Preconditioning):
 
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels, NaN where ``s`` is not ``sigma_min`` to float32 rounding."""
-        v, c_out = self.sigma_data**2, (t - s) / t
-        c_skip = v / ((t - s) ** 2 + v) - c_out * v / (t**2 + v)
-        return Scalings(*(torch.where(self._reached(s), c, torch.nan) for c in (c_skip, c_out)))
+        v = self.sigma_data**2
+        # the difference of two fractions over their common denominator: only positive terms are left
+        c_skip = s / t * (v * (3 * t * (t - s) + s**2 + v)) / (((t - s) ** 2 + v) * (t**2 + v))
+        return Scalings(*(torch.where(self._reached(s), c, torch.nan) for c in (c_skip, (t - s) / t)))
 
     def _target(self, t: Tensor | float, s: Tensor | float | None) -> Tensor | float:
         """Return ``s`` or else ``sigma_min``; a float becomes what ``t``'s dtype makes of it: an exact boundary."""
@@ -119,9 +120,9 @@ class BCMPreconditioning(_OwnNetwork):
       c_{out}^F = \frac{\sigma_{data} (t - s)}{\sqrt{t^2 + v}}$$
 
     on a network in EDM's sign. With $w = 1 - t\, \partial_s g|_{s = t}$ the denoiser that this implies is
-    $D = w\, x_t + t\, \sigma_{data} / \sqrt{t^2 + v}\; F$; on it $c_{out} = 1 - s/t$, $c_{skip} = g - (1 - s/t)\, w$.
+    $D = w\, x_t + t\, \sigma_{data} / \sqrt{t^2 + v}\; F$; on it the jump is CTM's ``"euler"``, since g is linear in s.
     EDM's $v / (t^2 + v)$ is within 0.0011 of w for EDM's $\varepsilon$ and $\sigma_{data}$. At $s = \varepsilon$ the
-    network form is CM's; with $\varepsilon = 0$ the jump is CTM's ``"euler"``, on the network TrigFlow's rotation.
+    network form is CM's; with $\varepsilon = 0$ it is TrigFlow's rotation.
 
     Args:
         sigma_data: Standard deviation of the data.
@@ -138,12 +139,6 @@ class BCMPreconditioning(_OwnNetwork):
     def __init__(self, sigma_data: float = 0.5, sigma_min: float = 0.002) -> None:
         super().__init__(sigma_data)
         self.shift = _check_shift(sigma_min)
-
-    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the coefficients for valid levels."""
-        c_out, shifted = (t - s) / t, t - self.shift
-        g = (shifted * (s - self.shift) + self.sigma_data**2) / (shifted**2 + self.sigma_data**2)
-        return Scalings(g - c_out * self._denoiser(t).c_skip, c_out)
 
     def _denoiser(self, t: Tensor) -> Scalings:
         v, shifted = self.sigma_data**2, t - self.shift

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ._buffers import TableModule
+from .float32_integrals import float32_integrals, float32_tables
 from .splines import Array
 
 Function = Callable[[Array], Array]
@@ -25,6 +26,7 @@ _CELLS = 512  # 0.02 in lambda each, for the usual range
 _DEGREE = 4  # interpolates exp(h) over a cell to 1e-11
 _MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits
 _MAX_SPAN = 600.0  # float64 ends at e^709
+_MAX_STEP = 1.0  # in a cell: L S is then interpolated to 4e-5, half as steep to 1e-6
 
 
 class PairIntegrals(NamedTuple):
@@ -55,12 +57,15 @@ class IntegralTable(TableModule):
         ln_S: ln S as a function of lambda, up to a constant.
 
     Raises:
-        ValueError: If ln(L S) falls so far that the running integral would lose its digits.
+        ValueError: If ln(L S) falls so far that the running integral would lose its digits, or is too steep for it.
     """
 
     polynomials: Tensor
     running: Tensor
     ends: Tensor
+    cells: Tensor  # these three only where there is no float64
+    edges: Tensor
+    pairs: Tensor
 
     def __init__(self, sigma_max: float, sigma_min: float, l: Function, ln_S: Function) -> None:
         super().__init__()
@@ -71,19 +76,15 @@ class IntegralTable(TableModule):
 
         to_coefficients = np.linalg.inv(np.vander(nodes)).T  # highest power first
 
-        ln_L = _integrate((1 - l(lam)) @ to_coefficients, width)
+        with np.errstate(over="ignore"):  # where a spline of the logit overshoots by hundreds, l is 0 or 1
+            l_values = l(lam)
+        ln_L = _integrate((1 - l_values) @ to_coefficients, width)
         ln_L[1:, -1] += _values(ln_L, np.ones(1))[:-1, 0].cumsum()
         h = _values(ln_L, nodes) + ln_S(lam)
-        fall = float((np.maximum.accumulate(h.ravel()) - h.ravel()).max())
-        if not (fall <= _MAX_FALL and np.ptp(h) <= _MAX_SPAN):
-            raise ValueError(
-                f"l and s must not let ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {fall:.4g}, nor "
-                f"span more than {_MAX_SPAN:g}, got {np.ptp(h):.4g}: "
-                f"check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
-            )
+        _check(lam, h, max(np.ptp(h), np.ptp(ln_L[:, -1]), np.ptp(ln_S(lam))))
 
         N = _integrate(np.exp(h - h.max()) @ to_coefficients, width)
-        l_table, S_table = (np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l(lam), ln_S(lam) - h.max()))
+        l_table, S_table = (np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l_values, ln_S(lam) - h.max()))
         self.register_buffer(
             "polynomials", torch.from_numpy(np.stack([l_table, ln_L, S_table, N]).transpose(2, 0, 1).copy())
         )  # power, function, cell
@@ -96,8 +97,14 @@ class IntegralTable(TableModule):
         self.sigma_max, self.sigma_min = float(self.ends[0]), float(self.ends[1])
         self.cells_per_lambda = _CELLS / math.log(self.sigma_max / self.sigma_min)
 
+    def narrowed(self) -> dict[str, Tensor]:
+        """Return the tables of another algorithm: this one's differences need float64."""
+        return float32_tables(self.polynomials, self.running, self.ends)
+
     def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
         """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range."""
+        if self.narrow_device is not None:
+            return PairIntegrals(*float32_integrals(self.cells, self.edges, self.pairs, self.cells_per_lambda, t, s))
         position_s = -(s / self.sigma_max).log() * self.cells_per_lambda
         position_t = position_s - ((t - s) / s).log1p() * self.cells_per_lambda
         position = torch.stack([position_t, position_s])
@@ -119,6 +126,25 @@ class IntegralTable(TableModule):
             L_ratio=(ln_L[0] - ln_L[1]).exp(),
             S_ratio=(ln_S[1] - ln_S[0]).exp(),
             r=delta_N * (-ln_L[1] - ln_S[1]).exp(),
+        )
+
+
+def _check(lam: Array, h: Array, span: float) -> None:
+    """Refuse h = ln(L S) that the table could not hold, and name the level. Shapes ``(cells, nodes)``."""
+    advice = "check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
+    fall = np.maximum.accumulate(h.ravel()) - h.ravel()
+    if not (fall.max() <= _MAX_FALL and span <= _MAX_SPAN):
+        raise ValueError(
+            f"l and s must not let ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {fall.max():.4g} down "
+            f"to t = {math.exp(-lam.flat[fall.argmax()]):.6g}, nor it, ln L or ln S span more than {_MAX_SPAN:g}, got "
+            f"{span:.4g}: {advice}"
+        )
+    step = np.ptp(h, axis=1)
+    if not step.max() <= _MAX_STEP:
+        cell = int(step.argmax())
+        raise ValueError(
+            f"l and s must not let ln(L S) change by more than {_MAX_STEP:g} within {np.ptp(lam[cell]):.4g} in lambda, "
+            f"got {step[cell]:.4g} at t = {math.exp(-lam[cell, 0]):.6g}: {advice}"
         )
 
 

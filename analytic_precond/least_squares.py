@@ -15,6 +15,7 @@ from .fitted_preconditioning import FitHeader, FittedPreconditioning, expect
 from .jump_regression import regress_samples
 from .jump_table import JumpTable
 from .moments import num_groups
+from .out_of_memory import BatchSize
 from .preconditioning import Scalings
 from .teacher import Denoiser
 from .trajectory_fit import measure_trajectories
@@ -60,7 +61,7 @@ class LeastSquaresPreconditioning(FittedPreconditioning):
         data: object,
         levels: Tensor | None = None,
         num_trajectories: int = 2048,
-        batch_size: int = 256,
+        batch_size: BatchSize = 256,
         seed: int = 0,
         sigma_data: float = 0.5,
         progress: bool = True,
@@ -82,7 +83,8 @@ class LeastSquaresPreconditioning(FittedPreconditioning):
             levels: Decreasing noise levels to regress at, shape ``(K,)``, which are also the steps of the ODE; jumps
                 between any others are interpolated. Default: 40 from 80 to 0.002, uniform in lambda.
             num_trajectories: Number of trajectories.
-            batch_size: Largest batch that the teacher sees. It does not change the result, beyond rounding.
+            batch_size: Largest batch that the teacher sees. ``"auto"`` begins at 256 and halves it where memory runs
+                out. It does not change the result, beyond rounding.
             seed: Seed of noise and data order; the same seed gives the same numbers. The global RNG is left as it was.
             sigma_data: Standard deviation of the data, for `on_network`.
             progress: Show a progress bar.
@@ -130,5 +132,7 @@ class LeastSquaresPreconditioning(FittedPreconditioning):
     ) -> LeastSquaresPreconditioning:
         K = len(table.levels)
         names = ("c_skip_stderr", "c_out_stderr")  # infinite where there was one trajectory
-        errors = (expect(tensors, name, (K, K), torch.float64, finite=False) for name in names)
-        return cls(table, fit, sigma_data, Scalings(*errors))
+        errors = Scalings(*(expect(tensors, name, (K, K), torch.float64, finite=False) for name in names))
+        if not all(bool((error >= 0).all()) for error in errors):
+            raise ValueError("standard errors must not be negative or NaN")
+        return cls(table, fit, sigma_data, errors)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ._checks import check_positive, check_reached, check_tensor, place
+from ._checks import check_positive, check_reached, check_tensor, place, wide_dtype
 from .distances import squared_error
 from .input_gradient import through_input_only
 from .jump_times import JumpTimes
@@ -197,7 +197,7 @@ def _follow(
 
 def _steps_of_edm(times: JumpTimes) -> Tensor:
     """Return as many steps as EDM's 18 levels from 80 to 0.002 have between t and u, at least 1."""
-    t, u = (level.double() ** (1 / 7) for level in (times.t, times.u))
+    t, u = (level.to(wide_dtype(level.device)) ** (1 / 7) for level in (times.t, times.u))
     span = (t - u) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
     steps: Tensor = (17 * span - 1e-5).ceil()  # a whole number of them is that number in float32, too
     return steps.clamp(min=1).long()

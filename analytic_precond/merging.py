@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
@@ -48,8 +48,11 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
     for part in statistics[1:]:
         if not torch.equal(part.levels, first.levels):
             raise ValueError("statistics must share their noise levels: estimate them on one grid.")
-        if replace(part.header, seeds=first.header.seeds) != first.header:
-            raise ValueError(f"statistics must be made alike, got {first.header} and {part.header}.")
+        alike, got = asdict(first.header), asdict(part.header)
+        names = [name for name in alike if name != "seeds" and got[name] != alike[name]]
+        differences = [f"{name} {alike[name]!r} and {got[name]!r}" for name in names]
+        if differences:
+            raise ValueError(f"statistics must be made alike, got {', '.join(differences)}.")
         if (part.mean_data is None) != (first.mean_data is None):
             raise ValueError("statistics must agree on the intercept: estimate all with it or all without.")
 

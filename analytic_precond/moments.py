@@ -7,7 +7,7 @@ gives the standard error of whatever is computed from the sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -33,6 +33,17 @@ def reference(levels: Array) -> Array:
 def num_groups(num_units: int) -> int:
     """Return the number of groups: at most `GROUPS`, of at least two units each."""
     return max(1, min(GROUPS, num_units // 2))
+
+
+def group_range(group: int, num_units: int) -> tuple[int, int]:
+    """Return the first unit of a group and the first one after it."""
+    groups = num_groups(num_units)
+    return -(-group * num_units // groups), -(-(group + 1) * num_units // groups)
+
+
+def group_sizes(num_units: int) -> list[int]:
+    """Return the number of units in each group."""
+    return [stop - start for start, stop in (group_range(g, num_units) for g in range(num_groups(num_units)))]
 
 
 def group_of(first_unit: int, count: int, num_units: int) -> Tensor:
@@ -70,71 +81,15 @@ class MomentSums:
         self.counts.index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
         self.values.index_add_(0, groups, moments.transpose(0, 1))
 
+    def merge(self, other: MomentSums) -> None:
+        """Add the sums of other units of the same run."""
+        self.counts += other.counts
+        self.values += other.values
 
-class Centering:
-    r"""What an intercept takes out of the sums: products of means, so that a mean of the data does not enter g.
-
-    From a group's $\sum_i a_i \cdot b_i$ over its $m$ units goes the unbiased estimate of $m\,E[a] \cdot E[b]$ from
-    distinct units, $\sum_{i \ne j} a_i \cdot b_j / (m - 1)$. Memory: the vectors of one group at a time.
-    """
-
-    def __init__(self, num_units: int, num_levels: int) -> None:
-        self.num_units = num_units
-        self.totals: list[Tensor | None] = [None] * num_levels  # sums of E, x (and y) over all units, (F, d)
-        self._open: list[tuple[int, Tensor] | None] = [None] * num_levels  # the group at work and its sums
-        shape = (num_groups(num_units), num_levels, len(_PRODUCTS))
-        self._distinct = torch.zeros(shape, dtype=torch.float64, device="cpu")
-
-    def add(self, level: int, first_unit: int, features: Sequence[Tensor]) -> None:
-        """Add one level's features of consecutive units; shapes as for `inner_products`."""
-        means = torch.stack([f.mean(0) for f in features])
-        groups = group_of(first_unit, means.shape[1], self.num_units)
-        first_row = 0
-        for group, size in zip(*_runs(groups), strict=True):
-            rows = means[:, first_row : first_row + size]
-            first_row += size
-            if self._open[level] is not None and self._open[level][0] != group:  # type: ignore[index]
-                self._close(level)
-            _, sums = self._open[level] or (group, torch.zeros_like(rows[:, 0]))
-            self._open[level] = (group, sums + rows.sum(1))
-            self._distinct[group, level] -= inner_products(list(rows[:, None])).sum(0).cpu()
-
-    def _close(self, level: int) -> None:
-        current = self._open[level]
-        if current is not None:
-            group, sums = current
-            self._distinct[group, level] += inner_products(list(sums[:, None, None]))[0].cpu()
-            total = self.totals[level]
-            self.totals[level] = sums if total is None else total + sums
-            self._open[level] = None
-
-    def close(self, sums: MomentSums) -> Tensor:
-        """Centre the sums in place. A group left with a single unit, where data ran out, is emptied.
-
-        Args:
-            sums: The uncentred sums of the same units.
-
-        Returns:
-            The means of E, x (and y) per level, float64. Shape ``(levels, F, d)``.
-
-        Raises:
-            ValueError: If all groups are empty then.
-        """
-        for level in range(len(self.totals)):
-            self._close(level)
-        means = torch.stack([t for t in self.totals if t is not None]).to("cpu", torch.float64) / sums.counts.sum()
-        if not bool((sums.counts > 1).any()):
-            raise ValueError("an intercept needs at least 2 clean samples, got 1: pass more data, or no intercept.")
-        single = sums.counts == 1
-        sums.values[..., 2:] -= self._distinct / (sums.counts - 1).clamp(min=1)[:, None, None]
-        sums.values[single], sums.counts[single] = 0, 0
-        return means
-
-
-def _runs(groups: Tensor) -> tuple[list[int], list[int]]:
-    """Return the groups in a batch, in order, and how many of its units each has."""
-    values, sizes = groups.unique(return_counts=True)
-    return values.tolist(), sizes.tolist()
+    def keep(self, groups: Iterable[int]) -> None:
+        """Forget all but some groups."""
+        others = sorted(set(range(len(self.counts))) - set(groups))
+        self.counts[others], self.values[others] = 0, 0
 
 
 def jackknife(counts: Array, sums: Array, statistic: Callable[[Array], Sequence[Array]]) -> list[tuple[Array, Array]]:

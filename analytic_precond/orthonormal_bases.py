@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._buffers import FixedPrecisionModule
-from ._checks import check_finite, check_tensor
+from ._checks import check_finite, check_tensor, wide_dtype
 
 _LARGEST_MATRIX = 4096  # elements of a sample: the matrix then has 128 MiB
 _MOST_GROUPS = 256
@@ -57,6 +57,15 @@ class CosineBasis(OrthonormalBasis):
     channels: Tensor
 
     def __init__(self, sample_shape: Sequence[int], mix_channels: bool = False) -> None:
+        if (
+            not 2 <= len(sample_shape) <= 3
+            or max(sample_shape) > _LARGEST_MATRIX
+            or len(sample_shape) < 2 + mix_channels
+        ):
+            raise ValueError(
+                f"a cosine basis needs images (C, H, W) or (H, W) of up to {_LARGEST_MATRIX} in each direction, with "
+                f"channels to mix them, got samples of shape {tuple(sample_shape)}."
+            )
         super().__init__(sample_shape, sample_shape)
         *channels, height, width = sample_shape
         self.mix_channels = mix_channels
@@ -205,9 +214,9 @@ def _principal_axes(batches: Sequence[Tensor]) -> Tensor:
     mean = _mean(batches).flatten()
     covariance = torch.zeros(len(mean), len(mean), dtype=mean.dtype, device=mean.device)
     for batch in batches:
-        x = batch.flatten(1).double() - mean
+        x = batch.flatten(1).to(mean.dtype) - mean
         covariance += x.T @ x
-    axes: Tensor = torch.linalg.eigh(covariance.cpu()).eigenvectors
+    axes: Tensor = torch.linalg.eigh(covariance.to("cpu", torch.float64)).eigenvectors
     return axes.flip(1)
 
 
@@ -215,14 +224,15 @@ def _variances(basis: OrthonormalBasis, batches: Sequence[Tensor]) -> Tensor:
     """Return the data's variance per mode, about the mean. Float64 on the CPU, of the modes' shape."""
     basis.to(batches[0].device)
     mean, count = _mean(batches), sum(map(len, batches))
-    total = torch.zeros(basis.mode_shape, dtype=torch.float64, device=mean.device)
+    total = torch.zeros(basis.mode_shape, dtype=mean.dtype, device=mean.device)
     for batch in batches:
-        total += basis.to_modes(batch.double() - mean).square().sum(0)
-    return total.cpu() / count
+        total += basis.to_modes(batch.to(mean.dtype) - mean).square().sum(0)
+    return total.to("cpu", torch.float64) / count
 
 
 def _mean(batches: Sequence[Tensor]) -> Tensor:
-    total = torch.zeros(batches[0].shape[1:], dtype=torch.float64, device=batches[0].device)
+    device = batches[0].device
+    total = torch.zeros(batches[0].shape[1:], dtype=wide_dtype(device), device=device)
     for batch in batches:
-        total += batch.double().sum(0)
+        total += batch.to(total.dtype).sum(0)
     return total / sum(map(len, batches))

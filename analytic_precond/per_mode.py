@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from .jump_table import JumpTable
 from .noise_levels import expand_to
 from .ode_arguments import per_sample
 from .orthonormal_bases import CosineBasis, MatrixBasis, OrthonormalBasis, check_basis, choose_basis, tie_modes
+from .out_of_memory import BatchSize
 from .preconditioning import EDMPreconditioning, Scalings
 from .teacher import Denoiser
 from .trajectory_fit import Coordinates, measure_trajectories
@@ -74,7 +76,7 @@ class PerModePreconditioning(FittedPreconditioning):
         data: object,
         levels: Tensor | None = None,
         num_trajectories: int = 2048,
-        batch_size: int = 256,
+        batch_size: BatchSize = 256,
         seed: int = 0,
         sigma_data: float = 0.5,
         progress: bool = True,
@@ -96,7 +98,8 @@ class PerModePreconditioning(FittedPreconditioning):
                 batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
             levels: Decreasing noise levels to regress at. Default: 40 from 80 to 0.002, uniform in lambda.
             num_trajectories: Number of trajectories.
-            batch_size: Largest batch that the teacher sees. It does not change the result, beyond rounding.
+            batch_size: Largest batch that the teacher sees. ``"auto"`` begins at 256 and halves it where memory runs
+                out. It does not change the result, beyond rounding.
             seed: Seed of noise and data order; the same seed gives the same numbers. The global RNG is left as it was.
             sigma_data: Standard deviation of the data, for `on_network`.
             progress: Show a progress bar.
@@ -205,7 +208,7 @@ class PerModePreconditioning(FittedPreconditioning):
         return self.basis.from_modes(super().required_output(modes_t, modes_s, t, s))
 
     def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
-        """Return the modes' coefficients in float64, after all checks. Shape ``(*levels, *mode_shape)``."""
+        """Return the modes' coefficients in the widest dtype, after all checks. Shape ``(*levels, *mode_shape)``."""
         c_skip, c_out = super()._wide(t, s, device)
         return Scalings(self._by_mode(c_skip), self._by_mode(c_out))
 
@@ -227,7 +230,7 @@ class PerModePreconditioning(FittedPreconditioning):
     def _to_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if isinstance(self.basis, CosineBasis):
             return {"basis": "dct", "mix_channels": self.basis.mix_channels}, {"groups": self.groups}
-        return {"basis": "matrix"}, {"groups": self.groups, "matrix": self.basis.get_buffer("matrix")}
+        return {"basis": "matrix"}, {"groups": self.groups, "matrix": self.basis.state_dict()["matrix"]}
 
     @classmethod
     def _from_file(
@@ -238,13 +241,16 @@ class PerModePreconditioning(FittedPreconditioning):
         header: Mapping[str, Any],
         tensors: Mapping[str, Tensor],
     ) -> PerModePreconditioning:
-        size = torch.Size(fit.sample_shape).numel()
+        size = math.prod(fit.sample_shape)
+        groups = expect(tensors, "groups", (size,), torch.int64)
+        if not bool(((groups >= 0) & (groups < table.num_jumps)).all()):
+            raise ValueError(f"groups must be from 0 to {table.num_jumps - 1}, got {groups.min()} to {groups.max()}")
         basis: OrthonormalBasis
         if header.get("basis") == "dct":
             basis = CosineBasis(fit.sample_shape, header.get("mix_channels") is True)
         else:
             basis = MatrixBasis(fit.sample_shape, expect(tensors, "matrix", (size, size), torch.float64))
-        groups = expect(tensors, "groups", (size,), torch.int64)
-        if not bool(((groups >= 0) & (groups < table.num_jumps)).all()):
-            raise ValueError(f"groups must be from 0 to {table.num_jumps - 1}, got {groups.min()} to {groups.max()}")
+        x = torch.ones(1, *fit.sample_shape, dtype=torch.float64, device="cpu")
+        if not bool(((basis.from_modes(basis.to_modes(x)) - x).abs() <= 1e-5 * size).all()):
+            raise ValueError("matrix must have orthonormal columns")
         return cls(table, fit, sigma_data, basis, groups)

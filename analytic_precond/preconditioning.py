@@ -104,7 +104,7 @@ class Preconditioning(FixedPrecisionModule):
 
     @abstractmethod
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the coefficients for levels known to be valid, as float64 tensors of one shape."""
+        """Return the coefficients for levels known to be valid, in their dtype: float64, or a device's float32."""
 
     def forward(self, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return ``c_skip`` and ``c_out`` of the jump from ``t`` to ``s``, on the denoiser.
@@ -114,13 +114,14 @@ class Preconditioning(FixedPrecisionModule):
             s: Noise levels to reach, at most ``t``.
 
         Returns:
-            The coefficients in the broadcast shape, computed in float64 and returned in the levels' dtype (float32
-            for half-precision levels).
+            The coefficients in the broadcast shape, computed in float64 (float32 where a device has none) and returned
+            in the levels' dtype (float32 for half-precision levels).
         """
         c_skip, c_out = self._wide(t, s)
-        dtypes = [level.dtype for level in (t, s) if isinstance(level, Tensor)]
-        dtype = torch.float64 if not dtypes else torch.promote_types(dtypes[0], dtypes[-1])
-        dtype = torch.promote_types(dtype, torch.float32)
+        dtypes = [level.dtype for level in (t, s) if isinstance(level, Tensor)] or [torch.float64]
+        dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[-1]), torch.float32)
+        if dtype == torch.float64:
+            dtype = wide_dtype(c_out.device)
         return Scalings(c_skip.to(dtype), c_out.to(dtype))
 
     def on_network(self, t: Tensor | float, s: Tensor | float) -> Scalings:
@@ -199,7 +200,7 @@ class Preconditioning(FixedPrecisionModule):
         return torch.where(trivial, torch.nan, required)
 
     def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
-        """Return the coefficients in float64, after all checks."""
+        """Return the coefficients in the widest dtype that the device has, after all checks."""
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):
                 check_tensor(level, name)
@@ -210,7 +211,7 @@ class Preconditioning(FixedPrecisionModule):
                     f"({type(level).__name__}): write 80.0, or look an index up in a grid."
                 )
         if device is None:
-            device = next((buffer.device for buffer in self.buffers()), torch.get_default_device())
+            device = self._device
         dtype = wide_dtype(device)
         t, s = (place(level, device, dtype) for level in (t, s))
         try:
@@ -275,15 +276,11 @@ class CTMPreconditioning(Preconditioning):
 
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels."""
-        c_out = (t - s) / t
-        if self.outer == "euler":
-            return Scalings(s / t, c_out)
-        g, slope = self._variance(t, s)
+        c_skip = s / t
+        if self.outer != "euler":  # what g adds to s / t, without differences of nearly equal large numbers
+            v_t, v_s = ((level - self.shift) ** 2 + self.sigma_data**2 for level in (t, s))
+            g = (v_s / v_t).sqrt()
+            c_skip = c_skip + (t - s) * ((t - self.shift) * g - (s - self.shift)) / (v_t * (1 + g))
         if self.outer == "euler_variance_mixed":
-            g, slope = (s + g) / (t + 1), (1 + slope) / (t + 1)
-        return Scalings(g - c_out * (1 - t * slope), c_out)
-
-    def _variance(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the variance-preserving factor and its slope in s at s = t."""
-        v_t, v_s = ((level - self.shift) ** 2 + self.sigma_data**2 for level in (t, s))
-        return (v_s / v_t).sqrt(), (t - self.shift) / v_t
+            c_skip = (s + c_skip) / (t + 1)
+        return Scalings(c_skip, (t - s) / t)

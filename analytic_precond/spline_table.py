@@ -29,6 +29,8 @@ class SplineTable(TableModule):
     knots: Tensor
     basis: Tensor
     control: Tensor
+    starts: Tensor  # these two only where there is no float64
+    half_widths: Tensor
 
     def __init__(self, levels: Tensor, control: Tensor) -> None:
         super().__init__()
@@ -58,9 +60,25 @@ class SplineTable(TableModule):
         """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
         self.sigma_max, self.sigma_min = float(self.levels[0]), float(self.levels[-1])
 
+    def narrowed(self) -> dict[str, Tensor]:
+        """Return rounded tables, polynomials about the cells' middles, and the levels where cells begin as high + low.
+
+        About a cell's end, terms of a polynomial cancel at the other end.
+        """
+        half = torch.cat([self.knots[1:], -self.levels[-1:].log()]).sub(self.knots) / 2
+        starts = (-self.knots).exp()
+        high = starts.float()
+        return {
+            "control": self.control.float(),
+            "starts": torch.stack([high, (starts - high).float()]),
+            "half_widths": half.float(),
+            "basis": _recentred(self.basis, half).float(),
+        }
+
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
         """Return the functions' values. Shapes: ``t`` and ``s`` alike, the result ``(F, *t.shape)``."""
-        (cell_t, weight_t), (cell_s, weight_s) = self._weights(t), self._weights(s)
+        # together, and so never an index of one number, which the host would read
+        (cell_t, cell_s), (weight_t, weight_s) = self._weights(torch.stack([t, s]))
         local = torch.arange(self.basis.shape[-1], device=t.device)
         index = (cell_t[..., None] + local)[..., None] * len(self.levels) + (cell_s[..., None] + local)[..., None, :]
         # index_select copies rows, many times faster than indexing
@@ -72,14 +90,24 @@ class SplineTable(TableModule):
 
     def _weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first B-spline that is not 0 at each level, and the values of it and the next ones."""
-        lam = -t.log()
-        cell = (lam.detach()[..., None] >= self.knots[1:]).sum(-1).clamp(max=len(self.basis) - 1)
-        v = (lam - self.knots[cell])[..., None]
+        cell, v = self._place(t)
+        v = v[..., None]
         coefficients = self.basis[cell]  # (*shape, powers, splines)
         weight = coefficients[..., 0, :]
         for power in range(1, self.basis.shape[1]):  # Horner
             weight = weight * v + coefficients[..., power, :]
         return cell, weight
+
+    def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each level's cell, and where it is in it: what the cell's polynomials are of."""
+        if self.narrow_device is None:
+            lam = -t.log()
+            cell = (lam.detach()[..., None] >= self.knots[1:]).sum(-1).clamp(max=len(self.basis) - 1)
+            return cell, lam - self.knots[cell]
+        # from the levels' difference: lambda itself has too few digits
+        cell = (t.detach()[..., None] <= self.starts[0, 1:]).sum(-1).clamp(max=len(self.basis) - 1)
+        high, low = self.starts[:, cell]
+        return cell, (((high - t) + low) / t).log1p() / self.half_widths[cell] - 1
 
 
 def _local_basis(levels: Array) -> tuple[Array, Array]:
@@ -93,3 +121,12 @@ def _local_basis(levels: Array) -> tuple[Array, Array]:
     starts = unit.t[degree : len(levels)]
     taylor = np.stack([unit(starts, nu=p).T / math.factorial(p) for p in range(degree, -1, -1)], 1)
     return starts.copy(), np.stack([taylor[m, :, m : m + degree + 1] for m in range(len(starts))])
+
+
+def _recentred(basis: Tensor, half_widths: Tensor) -> Tensor:
+    """Return polynomials of the distance from a cell's beginning as polynomials from -1 to 1 across the cell."""
+    result, degree = basis.clone(), basis.shape[1] - 1
+    for done in range(degree):  # repeated synthetic division by (v - half)
+        for power in range(1, degree + 1 - done):
+            result[:, power] += half_widths[:, None] * result[:, power - 1]
+    return result * half_widths[:, None, None] ** torch.arange(degree, -1, -1)[:, None]

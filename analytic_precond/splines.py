@@ -53,8 +53,10 @@ def linear_coefficient(levels: Array, l: Array) -> Callable[[Array], Array]:
     if not _is_logistic(l):
         through_values: Callable[[Array], Array] = spline(levels, l)
         return through_values
+    from scipy.special import expit
+
     logit = spline(levels, np.log(l / (1 - l)))
-    return lambda lam: 1 / (1 + np.exp(-logit(lam)))
+    return lambda lam: np.asarray(expit(logit(lam)))
 
 
 def linear_coefficient_derivative(levels: Array, l: Array) -> Array:

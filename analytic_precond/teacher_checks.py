@@ -26,6 +26,7 @@ from .derivatives import Condition
 from .estimation import estimate_statistics
 from .moments import Array, jackknife, reference
 from .noise_levels import log_noise_levels
+from .out_of_memory import BatchSize, is_out_of_memory, largest_batch
 from .teacher import Denoiser
 from .teacher_report import LevelCheck, TeacherReport
 from .teacher_statistics import TeacherStatistics
@@ -44,7 +45,7 @@ def check_teacher(
     data: object,
     levels: Tensor | None = None,
     num_samples: int = 512,
-    batch_size: int = 256,
+    batch_size: BatchSize = 256,
     seed: int = 0,
     progress: bool = True,
     *,
@@ -62,7 +63,7 @@ def check_teacher(
         data: Clean data, as for `estimate_statistics`; visited twice, so not a generator.
         levels: Decreasing noise levels, shape ``(K,)``. Default: 40 from 80 to 0.002; few levels make s_t inexact.
         num_samples: Noisy samples per level, at least 32.
-        batch_size: Largest batch that the teacher sees.
+        batch_size: Largest batch that the teacher sees, or ``"auto"``, as for `estimate_statistics`.
         seed: Seed of noise and data order. The global RNG is left as it was.
         progress: Show a progress bar.
         condition: As for `estimate_statistics`.
@@ -75,7 +76,7 @@ def check_teacher(
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, or as for `estimate_statistics`.
-        OutOfMemoryError: As it came.
+        RuntimeError: As the teacher raised it, out of memory for one.
 
     Example:
         >>> from analytic_precond.exact import GaussianDenoiser
@@ -112,11 +113,11 @@ def check_teacher(
 
     try:
         statistics = estimate("jvp")
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # no forward mode; an error of the teacher's own comes again
+    except RuntimeError as error:  # no forward mode; an error of the teacher's own comes again
+        if is_out_of_memory(error):
+            raise
         statistics = estimate("finite-difference")
-    variance = _element_variance(data, num_samples // 2, batch_size, seed)
+    variance = _element_variance(data, num_samples // 2, largest_batch(batch_size), seed)
     return TeacherReport(
         statistics, _check_transport(statistics), *_check_error(statistics, variance), teacher.difference or 0.0
     )

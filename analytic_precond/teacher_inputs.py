@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_count
+from .out_of_memory import BatchSize
 from .teacher import Denoiser
 
 
-def check_request(batch_size: int, seed: int, condition: object, description: object) -> None:
+def check_request(batch_size: BatchSize, seed: int, condition: object, description: object) -> None:
     """Refuse what no pass over the data can be made with."""
-    check_count(batch_size, 1, "batch_size")
+    if batch_size != "auto":
+        check_count(batch_size, 1, "batch_size", 'Or let it be found: "auto".')
     check_count(seed, 0, "seed")
     if seed >= 2**64:
         raise ValueError(f"seed must be below 2**64, got {seed}.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import splines
 from ._checks import check_choice, check_finite, check_levels
-from ._files import read_tensors, write_tensors
+from ._files import read_tensors, sample_shape_of, write_tensors
 from .moments import MOMENTS, Array, jackknife, reference
 
 L_METHODS = ("stein", "hutchinson", "exact")
@@ -85,31 +85,32 @@ class TeacherStatistics:
     mean_data: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Check the parts against each other, wherever they come from."""
+        """Check the parts against each other, wherever they come from: their sizes before their values."""
         if not 0 < self.header.sample_size < 2**60:
             raise ValueError(f"sample_shape must hold some elements, got {self.header.sample_shape}.")
-        if self.levels.dtype != torch.float64:
-            raise ValueError(f"levels must be float64, got {self.levels.dtype}.")
-        check_levels(self.levels)
         check_choice(self.header.precision, _PRECISIONS, "precision")
         check_choice(self.header.l_method, L_METHODS, "l_method")
         check_choice(self.header.s_method, S_METHODS, "s_method")
-        groups, shape = self.counts.numel(), self.header.sample_shape
+        if self.levels.ndim != 1 or len(self.levels) < 2:
+            check_levels(self.levels)
+        groups, num_levels, shape = self.counts.numel(), len(self.levels), self.header.sample_shape
         expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
-            ("levels", self.levels, (len(self.levels),)),
+            ("levels", self.levels, (num_levels,)),
             ("counts", self.counts, (groups,)),
-            ("sums", self.sums, (groups, len(self.levels), len(MOMENTS))),
+            ("sums", self.sums, (groups, num_levels, len(MOMENTS))),
         ]
         if self.mean_denoised is not None or self.mean_data is not None:
             expected += [
-                ("mean_denoised", self.mean_denoised, (len(self.levels), *shape)),
+                ("mean_denoised", self.mean_denoised, (num_levels, *shape)),
                 ("mean_data", self.mean_data, shape),
             ]
         for name, part, part_shape in expected:
             if part is None or part.shape != part_shape or part.dtype != torch.float64:
                 got = "nothing" if part is None else f"{part.dtype} of shape {tuple(part.shape)}"
                 raise ValueError(f"{name} must be float64 of shape {part_shape}, got {got}.")
-            check_finite(part, name)
+        check_levels(self.levels)
+        for name, part, _ in expected:
+            check_finite(part, name)  # type: ignore[arg-type]  # all are there
         whole = (self.counts >= 1) & (self.counts < 2**53) & (self.counts == self.counts.round())
         if groups == 0 or not bool(whole.all()):
             raise ValueError(f"counts must be positive whole numbers, got {self.counts[~whole].tolist()}.")
@@ -239,12 +240,14 @@ class TeacherStatistics:
         """
         header, tensors = read_tensors(path, _KIND)
         try:
-            statistics = cls(**_required(tensors), header=_header_from(header))
+            parts = _required(tensors)
+            on_disk = cls(**parts, header=_header_from(header))
+            statistics = replace(on_disk, **{name: part.clone() for name, part in parts.items()})
             with np.errstate(all="raise", under="ignore"):
-                statistics._estimates  # noqa: B018 - sums that no samples have would overflow here
+                _check_estimates(statistics._estimates)
             return statistics
-        except (ValueError, TypeError, FloatingPointError) as error:
-            raise ValueError(f"expected statistics in {path}, got parts that do not fit: {error}") from error
+        except (ValueError, TypeError, FloatingPointError, RecursionError) as error:
+            raise ValueError(f"expected statistics in {path}, got parts that do not fit: {error!s:.500}") from error
 
 
 def _remainder_square(means: Array, k: Array) -> Array:
@@ -263,16 +266,19 @@ def _required(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {name: tensors[name] for name in _TENSORS if name in tensors}
 
 
+def _check_estimates(estimates: tuple[Tensor, ...]) -> None:
+    """Refuse sums that no samples have: values or errors that are no numbers, or infinite values."""
+    for value, error in zip(estimates[::2], estimates[1::2], strict=True):
+        if not bool(value.isfinite().all()) or bool(error.isnan().any()):
+            raise ValueError("the coefficients that follow from the sums must be finite")
+
+
 def _header_from(header: dict[str, Any]) -> StatisticsHeader:
     """Check a header that came from a file, and build it."""
-
-    def integers(name: str) -> tuple[int, ...]:
-        value = header.get(name)
-        if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
-            raise ValueError(f"header field {name!r} must be a list of integers, got {value!r}")
-        return tuple(value)
-
+    seeds = header.get("seeds")
+    if not isinstance(seeds, list) or not all(type(seed) is int and 0 <= seed < 2**64 for seed in seeds):
+        raise ValueError(f"header field 'seeds' must be a list of integers from 0 to 2**64 - 1, got {seeds!r}")
     words = {name: header.get(name) for name in ("l_method", "s_method", "precision", "description")}
     if not all(isinstance(word, str) for word in words.values()):
         raise ValueError(f"header fields {sorted(words)} must be strings, got {words}")
-    return StatisticsHeader(**words, seeds=integers("seeds"), sample_shape=integers("sample_shape"))  # type: ignore[arg-type]
+    return StatisticsHeader(**words, seeds=tuple(seeds), sample_shape=sample_shape_of(header))  # type: ignore[arg-type]

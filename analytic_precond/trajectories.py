@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .ode import Velocity
+from .sample_conditions import condition_rows
 from .teacher import Denoiser
 
 # Dormand and Prince 1980: where slopes are taken, the weights of the earlier ones on the way to each, and of all in the
@@ -45,6 +46,12 @@ class Start(NamedTuple):
     x: Tensor
     dtype: torch.dtype
     condition: Mapping[str, Any]
+
+    def rows(self, rows: slice) -> Start:
+        """Return the beginning of some of them."""
+        index = torch.arange(rows.start, rows.stop, device="cpu")
+        condition = condition_rows(self.condition, index, len(self.x))
+        return Start(self.first + rows.start, self.x[rows], self.dtype, condition)
 
 
 def trajectory(denoiser: Denoiser, start: Start, levels: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:

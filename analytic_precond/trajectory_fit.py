@@ -14,6 +14,7 @@ from .batches import Batch, iterate_batches, pair_noise
 from .derivatives import Condition
 from .fitted_preconditioning import FitHeader
 from .noise_levels import log_noise_levels
+from .out_of_memory import BatchSize, largest_batch
 from .teacher import Denoiser
 from .teacher_inputs import check_request, device_of, keywords_of, name_of
 from .trajectories import Start
@@ -40,7 +41,7 @@ def measure_trajectories(
     data: object,
     levels: Tensor | None,
     num_trajectories: int,
-    batch_size: int,
+    batch_size: BatchSize,
     seed: int,
     progress: bool,
     condition: Callable[..., Condition] | None,
@@ -56,7 +57,7 @@ def measure_trajectories(
         data: Clean data, as for `estimate_statistics`.
         levels: Decreasing noise levels; by default 40, uniform in lambda.
         num_trajectories: Number of trajectories, each from a data sample with noise of its own.
-        batch_size: Largest batch that the teacher sees.
+        batch_size: Largest batch that the teacher sees, or ``"auto"``.
         seed: Seed of noise and data order.
         progress: Show a progress bar.
         condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments.
@@ -93,7 +94,7 @@ def measure_trajectories(
 
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles
-        batches = _same_shapes(iterate_batches(data, num_trajectories, batch_size, seed), device)
+        batches = _same_shapes(iterate_batches(data, num_trajectories, largest_batch(batch_size), seed), device)
         groups, to_modes = Coordinates((slice(None),), flat)
         if coordinates is not None:
             kept = list(batches)
@@ -101,7 +102,9 @@ def measure_trajectories(
             batches = iter(kept)
         first = next(batches)
         starts = (start(batch) for batch in chain([first], batches))
-        moments = trajectory_moments(denoiser, starts, levels, num_trajectories, num_blocks, groups, to_modes, progress)
+        moments = trajectory_moments(
+            denoiser, starts, levels, num_trajectories, num_blocks, groups, to_modes, progress, batch_size
+        )
     precision = network_dtype(denoiser, torch.promote_types(first.x.dtype, torch.float32))
     return moments, FitHeader(
         int(moments.counts.sum()), seed, tuple(first.x.shape[1:]), str(precision).removeprefix("torch."), name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .moments import Array, reference
+from .out_of_memory import BatchSize, Pieces
 from .teacher import Denoiser
 from .trajectories import PASSES_PER_STEP, Start, trajectory
 
@@ -62,6 +64,7 @@ def trajectory_moments(
     groups: Sequence[Tensor | slice] = (slice(None),),
     to_modes: Callable[[Tensor], Tensor] = flat,
     progress: bool = False,
+    batch_size: BatchSize = "auto",
 ) -> TrajectoryMoments:
     """Follow trajectories batch by batch, and sum their products.
 
@@ -76,6 +79,7 @@ def trajectory_moments(
         groups: The coordinates in each group.
         to_modes: Maps samples to coordinates in an orthonormal basis. Shapes ``(B, ...)`` to ``(B, d)``.
         progress: Show a progress bar.
+        batch_size: Most trajectories at a time, or ``"auto"``: a batch that memory cannot hold begins anew in halves.
 
     Returns:
         The moments; a block left without trajectories, where starts ran out, is left out.
@@ -84,20 +88,26 @@ def trajectory_moments(
         TypeError: If the teacher does not return a floating-point tensor.
         ValueError: If it returns another shape, or a value that is not finite (the error names the level).
     """
-    grid = levels.tolist()
-    total = num_trajectories * (1 + PASSES_PER_STEP * (len(grid) - 1))
-    sums = _Sums(levels, num_blocks, groups)
+    passes = 1 + PASSES_PER_STEP * (len(levels) - 1)
+    sums, pieces = _Sums(levels, num_blocks, groups), Pieces(batch_size)
+
+    def follow(start: Start, rows: slice) -> None:
+        first, count = start.first + rows.start, rows.stop - rows.start
+        bar.n = first * passes  # set back where memory has run out on the way
+        states: list[Tensor] = []
+        differences: list[Tensor] = []
+        for x, difference in trajectory(denoiser, start.rows(rows), levels.tolist()):
+            bar.update(count * (PASSES_PER_STEP if states else 1))
+            states.append(to_modes(x))
+            differences.append(to_modes(difference))
+        blocks = torch.arange(first, first + count, device="cpu") * num_blocks // num_trajectories
+        sums.add(blocks, torch.stack(states), torch.stack(differences))
+
+    total = num_trajectories * passes
     with tqdm(total=total, desc="trajectories", unit=" passes", unit_scale=True, disable=not progress) as bar:
         for start in starts:
-            first, count = start.first, len(start.x)
-            states: list[Tensor] = []
-            differences: list[Tensor] = []
-            for x, difference in trajectory(denoiser, start, grid):
-                bar.update(count * (PASSES_PER_STEP if states else 1))
-                states.append(to_modes(x))
-                differences.append(to_modes(difference))
-            blocks = torch.arange(first, first + count, device="cpu") * num_blocks // num_trajectories
-            sums.add(blocks, torch.stack(states), torch.stack(differences))
+            for _ in pieces(len(start.x), partial(follow, start), f"trajectories from {start.first} on"):
+                pass
     return sums.close()
 
 
@@ -124,13 +134,16 @@ class _Sums:
             )
         if self.counts.sum() == 0:
             self.sizes[:] = torch.tensor([x[0, 0, g].numel() for g in self.groups], device="cpu")
+        found = []
         for block in blocks.unique().tolist():
             rows = (blocks == block).to(x.device)
             x_rows, E_rows = x[:, rows], E[:, rows]
-            self.counts[block] += x_rows.shape[1]
             products = [self._products(x_rows[..., g].flatten(1), E_rows[..., g].flatten(1)) for g in self.groups]
-            for total, parts in zip((self.xx, self.Ex, self.EE), zip(*products, strict=True), strict=True):
-                total[block] += torch.stack(parts).cpu() / self.sizes.reshape(-1, *[1] * (total.ndim - 2))
+            found.append((block, x_rows.shape[1], [torch.stack(p).cpu() for p in zip(*products, strict=True)]))
+        for block, count, parts in found:  # all of a batch or, where memory ran out above, nothing
+            self.counts[block] += count
+            for total, part in zip((self.xx, self.Ex, self.EE), parts, strict=True):
+                total[block] += part / self.sizes.reshape(-1, *[1] * (total.ndim - 2))
 
     @staticmethod
     def _products(x: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -347,7 +347,8 @@ ARGUMENTS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("one-pair-intercept", {"num_samples": 3, "intercept": True}, ValueError, r"num_samples.*at least 4.*intercept"),
     ("batch-size-zero", {"batch_size": 0}, ValueError, r"batch_size must be at least 1, got 0"),
     ("batch-size-negative", {"batch_size": -1}, ValueError, r"batch_size must be at least 1, got -1"),
-    ("batch-size-float", {"batch_size": 8.0}, TypeError, r"batch_size must be an int, got 8\.0 \(float\)"),
+    ("batch-size-float", {"batch_size": 8.0}, TypeError, r"batch_size must be an int, got 8\.0 \(float\).*auto"),
+    ("batch-size-word", {"batch_size": "any"}, TypeError, r"batch_size must be an int, got 'any' \(str\).*\"auto\""),
     ("batch-size-bool", {"batch_size": True}, TypeError, r"batch_size must be an int, got True \(bool\)"),
     ("seed-negative", {"seed": -1}, ValueError, r"seed must be at least 0, got -1"),
     ("seed-float", {"seed": 0.5}, TypeError, r"seed must be an int, got 0\.5 \(float\)"),
@@ -434,10 +435,10 @@ def test_a_later_batch_is_checked_too(batches: list[Any], error: type[Exception]
 
 
 def spoil(output: Callable[[Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
-    """Return a teacher that misbehaves at the second level and the third, smaller batch only."""
+    """Return a teacher that misbehaves at the second level on samples around 100 only."""
 
     def teacher(x: Tensor, t: Tensor) -> Any:
-        return output(x / 2) if len(x) == 2 and float(t[0]) == 1.0 else x / 2
+        return output(x / 2) if float(x.mean()) > 50 and float(t[0]) == 1.0 else x / 2
 
     return teacher
 
@@ -445,7 +446,7 @@ def spoil(output: Callable[[Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
 WHERE = r".* at noise level 1 \(index 1\), batch 2"
 FINITE = r"the teacher must return finite values, got NaN or infinity" + WHERE + r", sample 1: check its weights"
 RETURNS = r"the teacher must return a floating-point tensor, got {}" + WHERE + r": unwrap its output"
-SHAPE = r"the teacher must return x's shape \(2, 3\), got \({}\)" + WHERE + r": drop extra channels"
+SHAPE = r"the teacher must return x's shape \(4, 3\), got \({}\)" + WHERE + r": drop extra channels"
 
 
 def in_last_row(value: float) -> Callable[[Tensor], Tensor]:
@@ -456,8 +457,8 @@ OUTPUTS: list[tuple[str, Callable[[Tensor], Any], type[Exception], str]] = [
     ("nan", in_last_row(NAN), ValueError, FINITE),
     ("inf", in_last_row(INF), ValueError, FINITE),
     ("overflow", in_last_row(1e200), ValueError, FINITE),  # its square is infinite
-    ("extra-channels", lambda x: torch.cat([x, x], 1), ValueError, SHAPE.format("2, 6")),
-    ("broadcastable", lambda x: x[:, :1], ValueError, SHAPE.format("2, 1")),
+    ("extra-channels", lambda x: torch.cat([x, x], 1), ValueError, SHAPE.format("4, 6")),
+    ("broadcastable", lambda x: x[:, :1], ValueError, SHAPE.format("4, 1")),
     ("row-missing", lambda x: x[:1], ValueError, SHAPE.format("1, 3")),
     ("reduced", lambda x: x.sum(), ValueError, SHAPE.format("")),
     ("tuple", lambda x: (x, x), TypeError, RETURNS.format("tuple")),
@@ -472,8 +473,9 @@ OUTPUTS: list[tuple[str, Callable[[Tensor], Any], type[Exception], str]] = [
 def test_bad_teacher_output_names_the_level_and_the_batch(
     l_method: str, output: Callable[[Tensor], Any], error: type[Exception], match: str
 ) -> None:
-    # 10 pairs in batches of 4, 4 and 2; float64 so that 1e200 is a value
-    call = partial(estimate, spoil(output), DATA.double(), num_samples=20, batch_size=4, l_method=l_method)
+    # the pairs of the third batch come in one call of 4 rows; float64 so that 1e200 is a value
+    data = [x.double() for x in (DATA[:4], DATA[4:8], DATA[8:10] + 100)]
+    call = partial(estimate, spoil(output), data, num_samples=20, l_method=l_method)
     check_refused(call, error, match)
 
 

@@ -66,25 +66,22 @@ class Recorder:
     """A teacher that remembers what it was shown."""
 
     def __init__(self) -> None:
-        self.inputs: list[tuple[float, Tensor]] = []
+        self.inputs: list[tuple[float, Tensor]] = []  # the rows of each level in a call
+        self.sizes: list[int] = []
         self.conditions: list[dict[str, Any]] = []
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         assert t.shape == x.shape[:1]
         assert t.dtype == x.dtype
-        assert bool((t == t[0]).all())
-        self.inputs.append((t[0].item(), x.clone()))
+        self.inputs += [(level, x[t == level]) for level in t.unique().flip(0).tolist()]
+        self.sizes.append(len(x))
         self.conditions.append(condition)
         return x / 2
 
-    @property
-    def sizes(self) -> list[int]:
-        return [len(x) for _, x in self.inputs]
-
     def at(self, level: float) -> tuple[Tensor, Tensor]:
-        """Return clean samples and noise at one level, in the order of the run: a pair comes as two calls."""
-        inputs = [x for t, x in self.inputs if t == pytest.approx(level, rel=1e-6)]  # t may have come as float32
-        plus, minus = torch.cat(inputs[::2]), torch.cat(inputs[1::2])
+        """Return clean samples and noise at one level, in the order of the run: a pair's halves come in turn."""
+        rows = torch.cat([x for t, x in self.inputs if t == pytest.approx(level, rel=1e-6)])  # t may be float32
+        plus, minus = rows[::2], rows[1::2]
         return (plus + minus) / 2, (plus - minus) / (2 * level)
 
     def visited(self, level: float = 0.01) -> list[int]:

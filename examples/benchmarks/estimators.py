@@ -46,6 +46,29 @@ def compare_speed(teacher: ap.Denoiser, patches: torch.Tensor, samples: int, rou
         print(f"    t = {t:8.4g}: {equal_samples / factor:7.2f}  (variance ratio {factor:.2f})")
 
 
+def compare_throughput(teacher: ap.Denoiser, patches: torch.Tensor, samples: int, rounds: int) -> None:
+    """Print the estimator's teacher passes per second as a share of a bare loop's, at equal batch size."""
+
+    @torch.no_grad()
+    def bare_loop(num_pairs: int, batch_size: int) -> None:
+        for _ in range(-(-num_pairs // batch_size)):
+            x = patches[torch.arange(batch_size) % len(patches)]
+            for t in LEVELS.float():
+                for _ in range(2):
+                    teacher(x, t.expand(len(x)))
+
+    print("teacher passes per second, as a share of a bare loop's over batches of the same size:")
+    for batch_size in (32, 256):
+        shares = []
+        for seed in range(rounds):
+            start = time.perf_counter()
+            bare_loop(samples // 2, batch_size)
+            middle = time.perf_counter()
+            ap.estimate_statistics(teacher, patches, LEVELS, samples, batch_size, seed=seed, progress=False)
+            shares.append((middle - start) / (time.perf_counter() - middle))
+        print(f"  batch size {batch_size:3d}: {statistics.median(shares):.3f}, median of {rounds}")
+
+
 def compare_memory(teacher: ap.Denoiser, patches: torch.Tensor) -> None:
     """Print the estimator's peak memory for two sample counts (reads Linux's own peak counter)."""
     print("peak memory of the estimator above the process before it:")
@@ -71,6 +94,7 @@ def main() -> None:
     torch.set_num_threads(1)
     patches = load_patches()
     teacher = train_teacher(patches, patches.std().item(), steps=200).requires_grad_(False)
+    compare_throughput(teacher, patches, arguments.samples, arguments.rounds)
     compare_memory(teacher, patches)
     compare_speed(teacher, patches, arguments.samples, arguments.rounds)
 

@@ -59,25 +59,18 @@ def median_times(steps: list[Callable[[], None]], rounds: int, device: torch.dev
     return [statistics.median(record) for record in times]
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    torch.set_num_threads(1)
-
+def compare_steps(device: torch.device, rounds: int, width: int = 56, batch_size: int = 32) -> None:
+    """Print the time of a step with each preconditioning, and on a GPU make sure that it waits for nothing."""
     levels = ap.log_noise_levels()
     analytic = ap.AnalyticPreconditioning.from_coefficients(levels, 1 / (1 + 4 * levels**2), torch.tanh(levels.log()))
-    network = TwoTimeUNet(w=56).to(device)
+    network = TwoTimeUNet(w=width).to(device)
     students = [ap.ConsistencyTrajectoryModel(network, p).to(device) for p in (ap.CTMPreconditioning(), analytic)]
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.1f} million parameters on {device}")
 
     generator = torch.Generator().manual_seed(0)
-    t = 0.002 * 40_000 ** torch.rand(32, generator=generator)
-    s = 0.002 * (t / 0.002) ** torch.rand(32, generator=generator)
-    x_0, noise = torch.randn(2, 32, 3, 32, 32, generator=generator)
+    t = 0.002 * 40_000 ** torch.rand(batch_size, generator=generator)
+    s = 0.002 * (t / 0.002) ** torch.rand(batch_size, generator=generator)
+    x_0, noise = torch.randn(2, batch_size, 3, 32, 32, generator=generator)
     x_t = 0.5 * x_0 + ap.expand_to(t, x_0) * noise
     batch = tuple(v.to(device) for v in (x_t, t.clamp(0.002, 80), torch.minimum(s, t).clamp(0.002, 80), 0.5 * x_0))
 
@@ -86,12 +79,25 @@ def main() -> None:
         modes["compiled"] = torch.compile
     for mode, wrap in modes.items():
         steps = [make_step(wrap(student), batch) for student in students]
-        ctm, ours = median_times(steps, arguments.rounds, device)
+        ctm, ours = median_times(steps, rounds, device)
         print(f"{mode}: CTM {ctm:.2f} ms, Analytic-Precond {ours:.2f} ms, ratio {ours / ctm:.4f}")
     if device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
-        steps[1]()
+        try:
+            steps[1]()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         print("no host synchronisation in the step")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    compare_steps(torch.device(arguments.device), arguments.rounds)
 
 
 if __name__ == "__main__":

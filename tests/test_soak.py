@@ -1,0 +1,37 @@
+"""The soak benchmark, shortly: a compiled training step neither grows nor is compiled again."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+import soak
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.slow
+def test_training_steps_are_compiled_once_and_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    growth, recompilations = soak.soak(50, "eager", CPU)  # traced and guarded like any backend, but quickly
+    assert growth < soak.GROWTH
+    assert recompilations == 0
+
+    # and it would see both
+    step, left_behind = soak.Run.step, []
+
+    def careless(run: soak.Run) -> None:
+        step(run)
+        left_behind.append(torch.ones(2**18))  # 1 MiB
+        if len(left_behind) == soak.WARM_UP + 5:
+            torch.compiler.reset()
+
+    monkeypatch.setattr(soak.Run, "step", careless)
+    growth, recompilations = soak.soak(20, "eager", CPU)
+    assert growth > soak.GROWTH
+    assert recompilations > 0
+    torch.compiler.reset()
