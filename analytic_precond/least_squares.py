@@ -18,6 +18,7 @@ from .moments import num_groups
 from .preconditioning import Scalings
 from .teacher import Denoiser
 from .trajectory_fit import measure_trajectories
+from .trajectory_moments import trajectory_moments
 
 
 class LeastSquaresPreconditioning(FittedPreconditioning):
@@ -101,8 +102,10 @@ class LeastSquaresPreconditioning(FittedPreconditioning):
         """
         check_positive(sigma_data, "sigma_data")
         moments, header = measure_trajectories(
-            denoiser, data, levels, num_trajectories, batch_size, seed, progress, condition, device, description,
-            num_blocks=num_groups(num_trajectories),
+            denoiser, data, levels, num_trajectories, batch_size, seed, condition, device, description,
+            lambda starts, levels, chosen: trajectory_moments(
+                denoiser, starts, levels, num_trajectories, num_groups(num_trajectories), *chosen, progress
+            ),
         )  # fmt: skip
         (a, b), (a_error, b_error) = regress_samples(moments, header.precision)
         tau = np.abs(1 - moments.levels / moments.levels[:, None])

@@ -19,6 +19,7 @@ from .orthonormal_bases import CosineBasis, MatrixBasis, OrthonormalBasis, check
 from .preconditioning import EDMPreconditioning, Scalings
 from .teacher import Denoiser
 from .trajectory_fit import Coordinates, measure_trajectories
+from .trajectory_moments import trajectory_moments
 
 _BLOCKS = 8  # of trajectories; their spread tells what of a mode's own c_out is noise
 
@@ -128,8 +129,10 @@ class PerModePreconditioning(FittedPreconditioning):
             return Coordinates(members, lambda x: modes.to_modes(x).flatten(1))
 
         moments, header = measure_trajectories(
-            denoiser, data, levels, num_trajectories, batch_size, seed, progress, condition, device, description,
-            num_blocks=min(_BLOCKS, num_trajectories), coordinates=coordinates,
+            denoiser, data, levels, num_trajectories, batch_size, seed, condition, device, description,
+            lambda starts, levels, chosen: trajectory_moments(
+                denoiser, starts, levels, num_trajectories, min(_BLOCKS, num_trajectories), *chosen, progress
+            ), coordinates,
         )  # fmt: skip
         table = JumpTable.of(moments.levels, *regress_groups(moments, header.precision), torch.float32)
         ((modes, groups),) = chosen
