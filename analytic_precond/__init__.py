@@ -53,6 +53,7 @@ from .sample_noise import draw_noise, per_sample_generators
 from .samplers import SamplingStep, sample_deterministic, sample_gamma, sample_multistep, sample_one_step
 from .schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
 from .shared_dropout import SharedDropout
+from .shifted import ShiftedPreconditioning
 from .student import ConsistencyModel, ConsistencyTrajectoryModel
 from .teacher import Denoiser
 from .teacher_checks import check_teacher
@@ -115,6 +116,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "AnalyticPreconditioning",
     "LeastSquaresPreconditioning",
     "PerModePreconditioning",
+    "ShiftedPreconditioning",
     # students
     "NOISE_CONDITIONINGS",
     "ConsistencyModel",

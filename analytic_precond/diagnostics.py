@@ -1,9 +1,9 @@
 r"""The consistency gap: how far what a perfect student has to output is from what its teacher outputs.
 
 A jump from t to s lands on the teacher's ODE if the network inside says $D^* = (x_s - c_{skip}\, x_t) / c_{out}$. A
-student that starts as a copy of its teacher says $D(x_t, t)$: the gap at the start of the jump is what training has to
-change. The gap at the target tells which preconditionings ask for the teacher's output there (docs/method.md,
-section 4).
+student that starts as a copy of its teacher says $D(x_t, t)$, or what the teacher says to `Preconditioning.query`: the
+gap at the start of the jump is what training has to change. The gap at the target tells which preconditionings ask for
+the teacher's output there (docs/method.md, section 4).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ConsistencyGap(NamedTuple):
     Over a whole batch the RMS is ``gap.start.square().mean().sqrt()``.
 
     Attributes:
-        start: RMS of $D^* - D(x_t, t)$. Shape ``(B,)``.
+        start: RMS of $D^* - D(x_t, t)$; of $D^* - D(query)$ where the preconditioning asks elsewhere. Shape ``(B,)``.
         target: RMS of $D^* - D(x_s, s)$. Shape ``(B,)``.
     """
 
@@ -91,7 +91,8 @@ def consistency_gap(
 
     x_t, x_s = teacher_trajectory(velocity, x_t, [t, s], num_steps)
     required = precond.required_output(x_t, x_s, t, s)
-    start, target = required - _denoise(velocity, x_t, t), required - _denoise(velocity, x_s, s)
+    asked_x, asked_t = precond.query(x_t, t, s)
+    start, target = required - _denoise(velocity, asked_x, asked_t), required - _denoise(velocity, x_s, s)
     return ConsistencyGap(*(gap.square().reshape(len(gap), -1).mean(1).sqrt() for gap in (start, target)))
 
 
@@ -132,7 +133,7 @@ def gap_map(
     preconditionings share the trajectories, all levels the same $x_0$ and $n$, so that the maps are smooth.
 
     With K levels the teacher is evaluated ``K (K - 1) / 2 * (3 * num_steps + 1) + K - 1`` times per sample: 864 times
-    for 10 levels, whatever the number of preconditionings.
+    for 10 levels, whatever the number of preconditionings; and once more per jump for each that asks at another level.
 
     Args:
         denoiser: The teacher $D$.
@@ -185,7 +186,9 @@ def gap_map(
                 denoised_s = _denoise(velocity, x_s, grid[j])
                 for p, precond in enumerate(preconditionings.values()):
                     required = precond.required_output(x_t, x_s, t, grid[j])
-                    start[p, i, j] = rms(required - denoised_t)
+                    asked_x, asked_t = precond.query(x_t, t, grid[j])
+                    denoised = denoised_t if asked_t is t else _denoise(velocity, asked_x, asked_t)
+                    start[p, i, j] = rms(required - denoised)
                     target[p, i, j] = rms(required - denoised_s)
                 bar.update()
     return GapMap(tuple(preconditionings), levels.detach().to("cpu", torch.float64), start.cpu(), target.cpu())

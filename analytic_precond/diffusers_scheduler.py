@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from .preconditioning import input_scale
 from .sampling_levels import Levels, is_cleanest, resolve_levels
 from .student import ConsistencyModel
 
@@ -112,10 +113,11 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
             )
         grid = resolve_levels(levels, sigma_min=student.sigma_min)
         rows = [_jump_on_network(student, t) for t in grid]
-        c_in, c_skip, c_out = (list(column) for column in zip(*rows, strict=True))
-        t = torch.tensor(grid, dtype=torch.float32, device="cpu")
+        q, c_in, c_skip, c_out = (list(column) for column in zip(*rows, strict=True))
+        told = torch.tensor(q, dtype=torch.float32, device="cpu")
         with torch.no_grad():  # in float32, as the student tells it with float32 data
-            times = student.edm(t).c_noise if student.noise_conditioning is None else student.noise_conditioning(t)
+            conditioning = student.noise_conditioning
+            times = student.edm(told).c_noise if conditioning is None else conditioning(told)
         scheduler: ConsistencyJumpScheduler = cls(
             levels=grid, c_noise=times.tolist(), c_in=c_in, c_skip=c_skip, c_out=c_out, sigma_min=student.sigma_min
         )
@@ -224,11 +226,13 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         return int(found[0])
 
 
-def _jump_on_network(student: ConsistencyModel, t: float) -> tuple[float, float, float]:
-    """Return c_in, and c_skip and c_out of the student's jump from t to sigma_min on its raw network."""
+def _jump_on_network(student: ConsistencyModel, t: float) -> tuple[float, float, float, float]:
+    """Return the level that the raw network is told; on it, c_in, c_skip and c_out of the jump from t to sigma_min."""
     c_skip, c_out = (float(c) for c in student.precond(t, student.sigma_min))
-    edm = student.edm(torch.tensor(t, dtype=torch.float64, device="cpu"))
-    return float(edm.c_in), c_skip + c_out * float(edm.c_skip), c_out * float(edm.c_out)
+    here = torch.tensor(t, dtype=torch.float64, device="cpu")
+    q = student.precond.network_level(here, student.sigma_min)
+    edm, scale = student.edm(q), float(input_scale(here, q, student.precond.sigma_data))
+    return float(q), float(edm.c_in) * scale, c_skip + c_out * float(edm.c_skip) * scale, c_out * float(edm.c_out)
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

@@ -19,11 +19,11 @@ from .moments import Array, jackknife, reference
 from .trajectory_moments import TrajectoryMoments
 
 # what D must hold beyond a multiple of x to be told from it, in squares
-_RIDGE = 1e-8  # of the smaller of D and x - D
-_ROUNDING = 100.0  # times the squared epsilons of the teacher's dtype, of D, and of float64, of x
-_CANCELLATION = 1000.0  # times the epsilon of float64, of E x: the sums' own rounding
-_NETWORK = 0.03  # of EDM's c_out: errors of a student's network, below which a mode's D tells it nothing
-_LEAST_A = 0.5  # an output that hardly moves x_s could not correct it
+RIDGE = 1e-8  # of the smaller of D and x - D
+ROUNDING = 100.0  # times the squared epsilons of the teacher's dtype, of D, and of float64, of x
+CANCELLATION = 1000.0  # times the epsilon of float64, of E x: the sums' own rounding
+NETWORK = 0.03  # of EDM's c_out: errors of a student's network, below which a mode's D tells it nothing
+LEAST_A = 0.5  # an output that hardly moves x_s could not correct it
 
 
 class Regression(NamedTuple):
@@ -77,7 +77,7 @@ def regress_groups(moments: TrajectoryMoments, precision: str) -> Regression:
         The coefficients.
     """
     (whole, _), all_modes = regress_samples(moments, precision), moments.of_whole_samples()
-    floor = _rounding(all_modes, precision) + _NETWORK**2 * _network_scale(all_modes)
+    floor = _rounding(all_modes, precision) + NETWORK**2 * _network_scale(all_modes)
     ((a, error),) = _jackknife(moments, lambda means: (means.a(whole.a, floor),))
     signal, noise = (a - whole.a) ** 2, error**2
     kept = np.divide(signal, signal + noise, out=np.zeros_like(a), where=signal > 0)
@@ -113,11 +113,11 @@ class _Means(NamedTuple):
         """Regress y on what D holds beyond a multiple of x, by ridge regression towards a prior (..., K, K)."""
         own = self.EE - self.multiple * _diagonal(self.Ex)
         xx, eps = _diagonal(self.xx), np.finfo(np.float64).eps
-        rounding = floor + _ROUNDING * eps**2 * xx + _CANCELLATION * eps * np.sqrt(self.EE * xx)
-        ridge = (_RIDGE * np.minimum(*self.squares()).clip(min=0) + rounding)[..., None]
+        rounding = floor + ROUNDING * eps**2 * xx + CANCELLATION * eps * np.sqrt(self.EE * xx)
+        ridge = (RIDGE * np.minimum(*self.squares()).clip(min=0) + rounding)[..., None]
         with_x_s = self.Ex - self.multiple[..., None] * self.xx
         a = (with_x_s / self.tau + ridge * prior) / (own[..., None].clip(min=0) + ridge)
-        return np.where(np.eye(len(self.levels)) > 0, 1, a.clip(min=_LEAST_A))
+        return np.where(np.eye(len(self.levels)) > 0, 1, a.clip(min=LEAST_A))
 
     def b(self, a: Array) -> Array:
         """Regress y - a D on x."""
@@ -138,7 +138,7 @@ def _means(moments: TrajectoryMoments) -> _Means:
 def _rounding(whole: TrajectoryMoments, precision: str) -> Array:
     """Return the square of what the teacher's dtype does not resolve of an element of D. Shape ``(K,)``."""
     D_square: Array = _means(whole).squares()[0][0]
-    return _ROUNDING * torch.finfo(getattr(torch, precision)).eps ** 2 * D_square
+    return ROUNDING * torch.finfo(getattr(torch, precision)).eps ** 2 * D_square
 
 
 def _network_scale(whole: TrajectoryMoments) -> Array:

@@ -19,6 +19,7 @@ from .out_of_memory import BatchSize
 from .preconditioning import Scalings
 from .teacher import Denoiser
 from .trajectory_fit import measure_trajectories
+from .trajectory_moments import trajectory_moments
 
 
 class LeastSquaresPreconditioning(FittedPreconditioning):
@@ -103,8 +104,10 @@ class LeastSquaresPreconditioning(FittedPreconditioning):
         """
         check_positive(sigma_data, "sigma_data")
         moments, header = measure_trajectories(
-            denoiser, data, levels, num_trajectories, batch_size, seed, progress, condition, device, description,
-            num_blocks=num_groups(num_trajectories),
+            denoiser, data, levels, num_trajectories, batch_size, seed, condition, device, description,
+            lambda starts, levels, axes: trajectory_moments(
+                denoiser, starts, levels, num_trajectories, num_groups(num_trajectories), *axes, progress, batch_size
+            ),
         )  # fmt: skip
         (a, b), (a_error, b_error) = regress_samples(moments, header.precision)
         tau = np.abs(1 - moments.levels / moments.levels[:, None])

@@ -21,6 +21,7 @@ from .out_of_memory import BatchSize
 from .preconditioning import EDMPreconditioning, Scalings
 from .teacher import Denoiser
 from .trajectory_fit import Coordinates, measure_trajectories
+from .trajectory_moments import trajectory_moments
 
 _BLOCKS = 8  # of trajectories; their spread tells what of a mode's own c_out is noise
 
@@ -130,9 +131,12 @@ class PerModePreconditioning(FittedPreconditioning):
             members = [(groups == g).nonzero()[:, 0].to(batches[0].device) for g in range(int(groups.max()) + 1)]
             return Coordinates(members, lambda x: modes.to_modes(x).flatten(1))
 
+        blocks = min(_BLOCKS, num_trajectories)
         moments, header = measure_trajectories(
-            denoiser, data, levels, num_trajectories, batch_size, seed, progress, condition, device, description,
-            num_blocks=min(_BLOCKS, num_trajectories), coordinates=coordinates,
+            denoiser, data, levels, num_trajectories, batch_size, seed, condition, device, description,
+            lambda starts, levels, axes: trajectory_moments(
+                denoiser, starts, levels, num_trajectories, blocks, *axes, progress, batch_size
+            ), coordinates,
         )  # fmt: skip
         table = JumpTable.of(moments.levels, *regress_groups(moments, header.precision), torch.float32)
         ((modes, groups),) = chosen

@@ -48,6 +48,11 @@ class DenoiserScalings(NamedTuple):
     c_noise: Tensor
 
 
+def input_scale(t: Tensor, q: Tensor, sigma_data: float) -> Tensor:
+    r"""Return $\sqrt{(q^2 + \sigma_{data}^2) / (t^2 + \sigma_{data}^2)}$, which takes data of level t to q's scale."""
+    return ((q**2 + sigma_data**2) / (t**2 + sigma_data**2)).sqrt()
+
+
 class EDMPreconditioning:
     r"""EDM's parameterisation of the denoiser itself (Karras et al. 2022, table 1), with $v = \sigma_{data}^2$.
 
@@ -135,8 +140,43 @@ class Preconditioning(FixedPrecisionModule):
             The coefficients of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, as from calling the preconditioning.
         """
         c_skip, c_out = self(t, s)
-        edm = EDMPreconditioning(self.sigma_data)(place(t, c_out.device, c_out.dtype))
-        return Scalings(c_skip + c_out * edm.c_skip, c_out * edm.c_out)
+        t = place(t, c_out.device, c_out.dtype)
+        q = place(self.network_level(t, s), c_out.device, c_out.dtype)
+        edm = EDMPreconditioning(self.sigma_data)(q)
+        return Scalings(c_skip + c_out * edm.c_skip * input_scale(t, q, self.sigma_data), c_out * edm.c_out)
+
+    def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
+        """Return the noise level that the network is told on a jump from t to s: t, where nothing else is said.
+
+        Args:
+            t: Noise levels to start from.
+            s: Noise levels to reach, at most ``t``.
+
+        Returns:
+            Noise levels from ``s`` to ``t``, in the broadcast shape.
+        """
+        return t
+
+    def query(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
+        r"""Return what the denoiser is asked for a jump: ``x_s = jump(x_t, D(*query(x_t, t, s)), t, s)``.
+
+        That is ``(x_t, t)``, unless the preconditioning asks at another noise level q: then $x_t$ is scaled by
+        $\sqrt{(q^2 + \sigma_{data}^2) / (t^2 + \sigma_{data}^2)}$, so that the network inside EDM's denoiser gets the
+        same input and is only told another level.
+
+        Args:
+            x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
+            t: Noise levels to start from. Shape ``(B,)``, or one for all.
+            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
+
+        Returns:
+            The denoiser's input and its noise level.
+        """
+        level = t if isinstance(t, Tensor) else place(t, x_t.device, torch.promote_types(x_t.dtype, torch.float32))
+        q = self.network_level(level, s)
+        if q is level:
+            return x_t, level
+        return (expand_to(input_scale(level, q, self.sigma_data), x_t) * x_t).to(x_t.dtype), q
 
     def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
         """Return ``x_s = c_skip x_t + c_out denoised``.
@@ -201,6 +241,16 @@ class Preconditioning(FixedPrecisionModule):
 
     def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
         """Return the coefficients in the widest dtype that the device has, after all checks."""
+        t, s, valid = self._levels(t, s, device)
+        coefficients = self.coefficients(t, s)
+        if valid is None:
+            return coefficients
+        return Scalings(*(torch.where(valid, c, torch.nan) for c in coefficients))
+
+    def _levels(
+        self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the levels in that dtype and of one shape, and which are valid where that could not be checked."""
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):
                 check_tensor(level, name)
@@ -221,9 +271,8 @@ class Preconditioning(FixedPrecisionModule):
         t, s = t.expand(shape), s.expand(shape)
         low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
         valid = (s <= t * (1 + ROUNDING)) & (s >= low) & (t <= high) & (t > 0)
-        if device.type == "cpu" and not torch.compiler.is_compiling() and self._refuse(t, s, valid):
-            return self.coefficients(t, s)
-        return Scalings(*(torch.where(valid, c, torch.nan) for c in self.coefficients(t, s)))
+        checked = device.type == "cpu" and not torch.compiler.is_compiling() and self._refuse(t, s, valid)
+        return t, s, None if checked else valid
 
     def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
         """Raise for the first jump that is not valid; return whether the values could be read."""

@@ -125,7 +125,8 @@ class ConsistencyTrajectoryModel(Student):
         """
         if s is None:
             raise TypeError("expected a target noise level s, got none: call student(x_t, t, s), or student.denoise.")
-        return self.precond.jump(x_t, self._denoiser(x_t, t, s, **condition), t, s).to(x_t.dtype)
+        x, q = self.precond.query(x_t, t, s)
+        return self.precond.jump(x_t, self._denoiser(x, q, s, **condition), t, s).to(x_t.dtype)
 
     def denoise(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
         """Return the denoiser that the student contains: its answer for s = t. Shape and dtype of ``x_t``."""
@@ -182,7 +183,8 @@ class ConsistencyModel(Student):
             The data at noise level ``sigma_min``. Shape and dtype of ``x_t``.
         """
         s = self.sigma_min if s is None else self._target(s, x_t)
-        return self.precond.jump(x_t, self._denoiser(x_t, t, **condition), t, s).to(x_t.dtype)
+        x, q = self.precond.query(x_t, t, s)
+        return self.precond.jump(x_t, self._denoiser(x, q, **condition), t, s).to(x_t.dtype)
 
     def denoise(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
         """Return the denoiser that the student contains. Shape and dtype of ``x_t``."""

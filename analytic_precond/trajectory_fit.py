@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,14 +13,26 @@ from ._checks import check_count, check_levels, network_dtype, wide_dtype
 from .batches import Batch, iterate_batches, pair_noise
 from .derivatives import Condition
 from .fitted_preconditioning import FitHeader
+from .moments import Array
 from .noise_levels import log_noise_levels
 from .out_of_memory import BatchSize, largest_batch
 from .teacher import Denoiser
 from .teacher_inputs import check_request, device_of, keywords_of, name_of
 from .trajectories import Start
-from .trajectory_moments import TrajectoryMoments, flat, trajectory_moments
+from .trajectory_moments import flat
 
 _NUM_LEVELS = 40
+
+
+class Counted(Protocol):
+    """Moments that know how many trajectories they are of."""
+
+    @property
+    def counts(self) -> Array:
+        """Trajectories per block."""
+
+
+Moments = TypeVar("Moments", bound=Counted)
 
 
 class Coordinates(NamedTuple):
@@ -43,13 +55,12 @@ def measure_trajectories(
     num_trajectories: int,
     batch_size: BatchSize,
     seed: int,
-    progress: bool,
     condition: Callable[..., Condition] | None,
     device: torch.device | str | None,
     description: str | None,
-    num_blocks: int,
+    collect: Callable[[Iterator[Start], Tensor, Coordinates], Moments],
     coordinates: Callable[[list[Tensor], float], Coordinates] | None = None,
-) -> tuple[TrajectoryMoments, FitHeader]:
+) -> tuple[Moments, FitHeader]:
     """Follow the teacher's ODE from noised data, and sum products.
 
     Args:
@@ -59,11 +70,10 @@ def measure_trajectories(
         num_trajectories: Number of trajectories, each from a data sample with noise of its own.
         batch_size: Largest batch that the teacher sees, or ``"auto"``.
         seed: Seed of noise and data order.
-        progress: Show a progress bar.
         condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments.
         device: Where the teacher runs.
         description: The teacher, in words.
-        num_blocks: Number of blocks of trajectories.
+        collect: Sums the products: given where trajectories begin, the levels and the coordinates.
         coordinates: Chooses coordinates, given all clean samples in batches and the cleanest level; they are then all
             held in memory.
 
@@ -95,16 +105,14 @@ def measure_trajectories(
     with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles
         batches = _same_shapes(iterate_batches(data, num_trajectories, largest_batch(batch_size), seed), device)
-        groups, to_modes = Coordinates((slice(None),), flat)
+        chosen = Coordinates((slice(None),), flat)
         if coordinates is not None:
             kept = list(batches)
-            groups, to_modes = coordinates([batch.x for batch in kept], levels[-1].item())
+            chosen = coordinates([batch.x for batch in kept], levels[-1].item())
             batches = iter(kept)
         first = next(batches)
         starts = (start(batch) for batch in chain([first], batches))
-        moments = trajectory_moments(
-            denoiser, starts, levels, num_trajectories, num_blocks, groups, to_modes, progress, batch_size
-        )
+        moments = collect(starts, levels, chosen)
     precision = network_dtype(denoiser, torch.promote_types(first.x.dtype, torch.float32))
     return moments, FitHeader(
         int(moments.counts.sum()), seed, tuple(first.x.shape[1:]), str(precision).removeprefix("torch."), name

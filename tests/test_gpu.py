@@ -197,6 +197,7 @@ def preconditionings() -> dict[str, ap.Preconditioning]:
         "theta": analytic(levels, l, s, theta=0.4),
         "least squares": ap.LeastSquaresPreconditioning.fit(teacher, data, **fit),
         "cosines": ap.PerModePreconditioning.fit(teacher, data, **fit),
+        "shifted": ap.ShiftedPreconditioning.fit(teacher, data, **fit),
         "axes": ap.PerModePreconditioning.fit(teacher, data, basis="pca", **fit),
     }
 

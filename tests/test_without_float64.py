@@ -28,6 +28,7 @@ from analytic_precond.hand_crafted import (
 )
 from analytic_precond.least_squares import LeastSquaresPreconditioning
 from analytic_precond.per_mode import PerModePreconditioning
+from analytic_precond.shifted import ShiftedPreconditioning
 
 PROBLEM = Gaussian()
 DEMAND = 2e-6  # relative; 17 of float32's epsilons
@@ -79,6 +80,7 @@ def fit(of: Any, **options: Any) -> Any:
 
 LEAST_SQUARES = fit(LeastSquaresPreconditioning)
 PER_MODE = fit(PerModePreconditioning, basis=torch.eye(6))
+SHIFTED = fit(ShiftedPreconditioning)
 SMALLEST = ap.log_noise_levels(60, 1e-4, 1e4)
 ALL = {
     "backward": analytic(),
@@ -87,6 +89,7 @@ ALL = {
     "a wide range": ap.AnalyticPreconditioning.from_coefficients(SMALLEST, 1 / (1 + SMALLEST), SMALLEST.log().sin()),
     "least squares": LEAST_SQUARES,
     "per mode": PER_MODE,
+    "shifted": SHIFTED,
     **{f"ctm {outer}": ap.CTMPreconditioning(outer) for outer in ("euler", "variance", "euler_variance_mixed")},
     "cm": CMPreconditioning(sigma_min=FLOAT32_MIN),
     "bcm": BCMPreconditioning(),
@@ -290,3 +293,11 @@ def test_no_float64_reaches_another_device() -> None:
     assert precond(5.0, 1.0).c_out.device.type == "meta"
     with pytest.raises(TypeError, match="on float64"), NoFloat64("meta"):  # so does the watch see what it is to see
         copy.deepcopy(analytic()).to("meta")
+
+
+def test_level_that_a_network_is_told() -> None:
+    t, s = float32_jumps()
+    narrow = moved(SHIFTED)
+    with without_float64():
+        q = narrow.network_level(t, s)
+    torch.testing.assert_close(q.double(), SHIFTED.network_level(t.double(), s.double()), rtol=DEMAND, atol=0)

@@ -7,8 +7,8 @@ from pathlib import Path
 LONG = 3  # times as many iterations in long runs
 BASELINE = "ctm-euler"
 ANALYTIC = ("analytic-backward", "analytic-forward")
-FITTED = ("least-squares", "per-mode-dct", "per-mode-pca")
-RELATIVES = ("ctm-variance", "ctm-mixed", "analytic-half", "cm")
+FITTED = ("least-squares", "per-mode-dct", "shifted")
+RELATIVES = ("ctm-variance", "ctm-mixed", "analytic-half", "analytic-gap", "per-mode-pca", "cm", "cm-shifted")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Configuration:
         num_statistics: Noisy samples per level for l_t and s_t.
         num_trajectories: Teacher trajectories for the least-squares fits.
         num_gap_levels: Levels of the gap maps.
+        num_gap_samples: Jumps by whose gaps theta is chosen.
         device: Where networks run.
         processes: Runs at a time.
     """
@@ -95,13 +96,14 @@ class Configuration:
     denoising: bool = False
     distance: str = "squared"
     sweep_rates: tuple[float, ...] = (1e-3, 4e-3)
-    sweep_methods: tuple[str, ...] = (BASELINE, "per-mode-dct")
-    long_methods: tuple[str, ...] = (BASELINE, "per-mode-dct")
+    sweep_methods: tuple[str, ...] = (BASELINE, "shifted")
+    long_methods: tuple[str, ...] = (BASELINE, "shifted")
     num_samples: int = 1024
     num_aligned: int = 128
     num_statistics: int = 512
     num_trajectories: int = 512
     num_gap_levels: int = 10
+    num_gap_samples: int = 256
     device: str = "cpu"
     processes: int = 2
 
@@ -153,6 +155,7 @@ SMOKE = replace(
     num_statistics=16,
     num_trajectories=32,
     num_gap_levels=3,
+    num_gap_samples=8,
 )
 
 GPU = replace(

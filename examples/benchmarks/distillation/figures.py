@@ -34,11 +34,13 @@ STYLES = {
     "analytic-backward": ("#0072B2", "-"),
     "analytic-forward": ("#56B4E9", "--"),
     "analytic-half": ("#56B4E9", ":"),
+    "analytic-gap": ("#56B4E9", "-."),
     "least-squares": ("#E69F00", "-"),
-    "per-mode-dct": ("#D55E00", "-"),
+    "per-mode-dct": ("#CC79A7", "-"),
+    "shifted": ("#D55E00", "-"),
     "per-mode-pca": ("#CC79A7", "--"),
     "cm": ("#009E73", "-"),
-    "cm-per-mode-dct": ("#009E73", "--"),
+    "cm-shifted": ("#009E73", "--"),
 }
 
 
@@ -47,7 +49,7 @@ def draw_curves(results: dict[Run, History], config: Configuration, problem: str
     figure = Figure(figsize=(13, 9.5), layout="constrained")
     panels = figure.subplots(2, 3).flat
     size = config.problem(problem)
-    methods = config.methods_of(size) if length == 1 else config.long_methods
+    methods = config.methods if length == 1 else config.long_methods
     for panel, (metric, label) in zip(panels, METRICS.items(), strict=True):
         for name in methods:
             runs = [find(results, config, problem, name, seed, times=length) for seed in config.seeds]

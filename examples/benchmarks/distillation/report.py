@@ -20,7 +20,7 @@ from figures import draw_curves, draw_gaps, draw_samples, draw_scales, draw_spee
 from matplotlib.figure import Figure
 from preconditionings import METHODS
 from safetensors.torch import load_file
-from speedups import History, find, speedup
+from speedups import History, find, iterations_to, speedup
 from storage import write_json
 
 ROOT = Path(__file__).parents[3]
@@ -41,7 +41,7 @@ FINAL = {
     "recall/2": "recall 2",
     "nearest/2": "nearest 2",
 }
-DRAWN = (BASELINE, "analytic-backward", "least-squares", "per-mode-dct")
+DRAWN = (BASELINE, "analytic-backward", "least-squares", "per-mode-dct", "shifted")
 SPEEDUPS = (
     "ode/1",
     "ode/2",
@@ -113,6 +113,29 @@ def rate_table(results: dict[Run, History], config: Configuration, problem: str)
                 values = [run[-1][metric] for metric in SPEEDUPS if metric in run[-1]]
                 rows.append([METHODS[name].label, f"{rate:g}", *(f"{value:.3g}" for value in values)])
     return table(["", "learning rate", *(FINAL[metric] for metric in SPEEDUPS)], rows)
+
+
+def best_rate_table(results: dict[Run, History], config: Configuration, problem: str) -> str:
+    """Return speed-ups of the first seed with each method at its best learning rate, the baseline's too."""
+    rates = (config.learning_rate, *config.sweep_rates)
+
+    def best(name: str, metric: str) -> tuple[History, float] | None:
+        runs = [(run, rate) for rate in rates if (run := find(results, config, problem, name, config.seeds[0], rate))]
+        return min(runs, key=lambda pair: pair[0][-1][metric], default=None)
+
+    rows = []
+    for name in config.sweep_methods:
+        cells = []
+        for metric in SPEEDUPS:
+            own, other = best(name, metric), best(BASELINE, metric)
+            if own is None or other is None:
+                continue
+            goal = other[0][-1][metric]
+            reached, note = iterations_to(own[0], metric, goal)
+            sign = {"before": ">", "never": "<", "": ""}[note]
+            cells.append(f"{sign}{iterations_to(other[0], metric, goal)[0] / reached:.2f} ({own[1]:g})")
+        rows.append([METHODS[name].label, *cells])
+    return table(["", *(FINAL[metric] for metric in SPEEDUPS)], [row for row in rows if len(row) > 1])
 
 
 def long_table(results: dict[Run, History], config: Configuration, problem: str) -> str:
@@ -208,6 +231,10 @@ def main() -> None:
                     speedup_table(results, config, problem, baseline),
                 ]
         parts += ["### Learning rates, one seed\n", rate_table(results, config, problem)]
+        parts += [
+            "### Each at its best learning rate: speed-up (rate), one seed\n",
+            best_rate_table(results, config, problem),
+        ]
         parts += ["### Longer training, one seed\n", long_table(results, config, problem)]
         parts += ["### Time per iteration\n", time_table(results, config, problem)]
         save(draw_curves(results, config, problem), f"{problem}_curves")
