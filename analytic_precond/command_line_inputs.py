@@ -21,11 +21,12 @@ from torch import Tensor
 from .fitted_preconditioning import FittedPreconditioning
 from .least_squares import LeastSquaresPreconditioning
 from .per_mode import PerModePreconditioning
+from .shifted import ShiftedPreconditioning
 from .teacher_statistics import TeacherStatistics
 
 Loaded = TeacherStatistics | FittedPreconditioning
 
-_FITTED = {kind.__name__: kind for kind in (LeastSquaresPreconditioning, PerModePreconditioning)}
+_FITTED = {kind.__name__: kind for kind in (LeastSquaresPreconditioning, PerModePreconditioning, ShiftedPreconditioning)}
 _TENSOR_FILES = (".npy", ".npz", ".safetensors")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 

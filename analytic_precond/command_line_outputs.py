@@ -13,6 +13,7 @@ from .command_line_inputs import Loaded
 from .fitted_preconditioning import FittedPreconditioning
 from .least_squares import LeastSquaresPreconditioning
 from .per_mode import PerModePreconditioning
+from .shifted import ShiftedPreconditioning
 from .statistics_comparison import Levels, StatisticsComparison
 from .teacher_statistics import TeacherStatistics
 
@@ -47,7 +48,7 @@ def described(loaded: Loaded) -> dict[str, Any]:
         "seed": loaded.header.seed,
         "sigma_data": loaded.sigma_data,
     }
-    if isinstance(loaded, LeastSquaresPreconditioning):
+    if isinstance(loaded, LeastSquaresPreconditioning | ShiftedPreconditioning):
         common |= {"jumps_from": loaded.sigma_max}
     if isinstance(loaded, PerModePreconditioning):
         common |= {"basis": type(loaded.basis).__name__, "groups_of_modes": loaded.table.num_jumps}
@@ -68,6 +69,9 @@ def tables(loaded: Loaded, rows: Sequence[int]) -> dict[str, Any]:
             "c_out": c_out,
             "c_out_stderr": c_out_stderr[0],
         }
+    elif isinstance(loaded, ShiftedPreconditioning):
+        asked = loaded.network_level(levels[0], levels)
+        columns |= {**loaded(levels[0], levels)._asdict(), "network_level": asked}
     return {name: _numbers(column[list(rows)]) for name, column in columns.items()}
 
 

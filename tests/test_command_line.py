@@ -446,6 +446,14 @@ def test_fitted_files_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("levels", "c_skip", "c_skip_stderr", "c_out", "c_out_stderr")
     assert row == pytest.approx([shown[name][1] for name in names], rel=5e-6)  # six digits
 
+    shifted = ap.ShiftedPreconditioning.fit(linear_teacher, data, **FIT)
+    shifted.save("shifted.st")
+    assert main(["show", "shifted.st", "--json"]) == 0
+    shown = strict_json(capsys.readouterr().out)
+    assert (shown["kind"], shown["jumps_from"]) == ("ShiftedPreconditioning", 4.0)
+    assert shown["c_out"] == shifted(4.0, shifted.levels).c_out.tolist()
+    assert shown["network_level"] == shifted.network_level(shifted.levels[0], shifted.levels).tolist()
+
     ap.PerModePreconditioning.fit(linear_teacher, data, **FIT).save("modes.st")
     assert main(["show", "modes.st", "--json"]) == 0
     shown = strict_json(capsys.readouterr().out)
