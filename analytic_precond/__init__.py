@@ -15,6 +15,8 @@ from .denoising import denoising_loss
 from .diagnostics import ConsistencyGap, GapMap, consistency_gap, gap_map
 from .diffusers_adapter import denoiser_from_diffusers
 from .distances import pseudo_huber, pseudo_huber_elementwise, squared_error
+from .element_statistics import ElementStatistics
+from .ems import EMS, load_ems, save_ems
 from .estimation import estimate_statistics
 from .exact import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
 from .gap_plotting import plot_gap_map
@@ -44,6 +46,7 @@ from .noise_conditioning import NOISE_CONDITIONINGS
 from .noise_level_sampling import sample_karras_noise_levels, sample_lognormal_noise_levels
 from .noise_levels import expand_to, karras_noise_levels, log_noise_levels
 from .ode import euler_step, heun_step, probability_flow_velocity, solve_ode
+from .per_element import PerElementPreconditioning
 from .per_mode import PerModePreconditioning
 from .per_sample_ode import heun_solve, heun_solve_between
 from .plotting import plot_preconditioning, plot_statistics
@@ -101,7 +104,11 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "estimate_statistics",
     "TeacherStatistics",
     "StatisticsHeader",
+    "ElementStatistics",
     "merge_statistics",
+    "save_ems",
+    "load_ems",
+    "EMS",
     # preconditionings
     "Preconditioning",
     "Scalings",
@@ -116,6 +123,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "AnalyticPreconditioning",
     "LeastSquaresPreconditioning",
     "PerModePreconditioning",
+    "PerElementPreconditioning",
     "ShiftedPreconditioning",
     # students
     "NOISE_CONDITIONINGS",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import splines
 from ._checks import check_choice, check_finite, check_levels, check_tensor
-from .integral_table import IntegralTable
+from .integral_table import IntegralTable, PairIntegrals
 from .preconditioning import Preconditioning, Scalings
 from .splines import Array
 from .teacher_statistics import TeacherStatistics
@@ -114,13 +114,7 @@ class AnalyticPreconditioning(Preconditioning):
     def _build(
         self, levels: Array, l: Array, ln_S: Any, discretization: str, theta: float | None, sigma_data: float
     ) -> None:
-        check_choice(discretization, ("backward", "forward"), "discretization")
-        if theta is None:
-            theta = 1.0 if discretization == "backward" else 0.0
-        elif discretization != "backward":
-            raise ValueError(f"give a discretization or a theta, got {discretization!r} and theta = {theta}.")
-        elif not isinstance(theta, int | float) or not 0 <= theta <= 1:
-            raise ValueError(f"theta must be a number from 0 (forward) to 1 (backward), got {theta!r}.")
+        theta = theta_of(discretization, theta)
         super().__init__(sigma_data)
         self.integrals = IntegralTable(float(levels[0]), float(levels[-1]), splines.linear_coefficient(levels, l), ln_S)
         self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64, device="cpu"))
@@ -138,10 +132,7 @@ class AnalyticPreconditioning(Preconditioning):
 
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels."""
-        l_t, l_s, L_ratio, S_ratio, r = self.integrals(t, s)
-        implicit, explicit = self.theta, (1 - self.theta) * S_ratio
-        denominator = 1 + implicit * l_s * r
-        return Scalings((L_ratio - explicit * l_t * r) / denominator, (explicit + implicit) * r / denominator)
+        return euler_step_scalings(self.integrals(t, s), self.theta)
 
     def _check_denominator(self, levels: Array) -> None:
         """Refuse coefficients with a vanishing denominator; r grows with t, so the longest jumps tell."""
@@ -156,3 +147,23 @@ class AnalyticPreconditioning(Preconditioning):
                 f"jump from {self.sigma_max:g} to {s[worst].item():.6g}, where l = {l_s[worst].item():.4g}: a negative "
                 f"l is noise, take more samples or clamp the table at 0."
             )
+
+
+def theta_of(discretization: str, theta: float | None) -> float:
+    """Return the theta that is asked for, by name or as a number."""
+    check_choice(discretization, ("backward", "forward"), "discretization")
+    if theta is None:
+        return 1.0 if discretization == "backward" else 0.0
+    if discretization != "backward":
+        raise ValueError(f"give a discretization or a theta, got {discretization!r} and theta = {theta}.")
+    if not isinstance(theta, int | float) or not 0 <= theta <= 1:
+        raise ValueError(f"theta must be a number from 0 (forward) to 1 (backward), got {theta!r}.")
+    return theta
+
+
+def euler_step_scalings(integrals: PairIntegrals, theta: Tensor) -> Scalings:
+    """Return the coefficients of an Euler step between the levels of some integrals (docs/method.md, section 3)."""
+    l_t, l_s, L_ratio, S_ratio, r = integrals
+    implicit, explicit = theta, (1 - theta) * S_ratio
+    denominator = 1 + implicit * l_s * r
+    return Scalings((L_ratio - explicit * l_t * r) / denominator, (explicit + implicit) * r / denominator)

@@ -26,7 +26,9 @@ from .teacher_statistics import TeacherStatistics
 
 Loaded = TeacherStatistics | FittedPreconditioning
 
-_FITTED = {kind.__name__: kind for kind in (LeastSquaresPreconditioning, PerModePreconditioning, ShiftedPreconditioning)}
+_FITTED = {
+    kind.__name__: kind for kind in (LeastSquaresPreconditioning, PerModePreconditioning, ShiftedPreconditioning)
+}
 _TENSOR_FILES = (".npy", ".npz", ".safetensors")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 

@@ -38,6 +38,7 @@ def estimate_statistics(
     progress: bool = True,
     *,
     intercept: bool = False,
+    per_element: bool = False,
     condition: Callable[..., Condition] | None = None,
     device: torch.device | str | None = None,
     description: str | None = None,
@@ -73,6 +74,9 @@ def estimate_statistics(
         progress: Show a progress bar.
         intercept: Regress D on (x, 1) instead of x, so that a mean of the data does not enter g. It changes ``g_rms``
             and ``s``; jumps stay ``c_skip x + c_out D``, without an additive term.
+        per_element: Keep the sums of each element of a sample too, for coefficients of its own (``stats.elements``).
+            They take 64 bytes per element and level (104 with derivatives), 94 MB for 64x64x3 on 120 levels, and change
+            nothing else. Other numbers of processes change their rounding.
         condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments, e.g.
             ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored.
         device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
@@ -122,7 +126,7 @@ def estimate_statistics(
             source = open_source(data, largest, seed)
             request = Request(
                 tuple(levels.tolist()), num_samples, l_method, s_method, seed, intercept, condition is not None,
-                name, source.words,
+                name, source.words, per_element,
             )  # fmt: skip
             run = EstimationRun(together, request, source, checkpoint)
             bar = tqdm(
@@ -147,6 +151,8 @@ def estimate_statistics(
                         moments[part.level, part.samples] = part.moments
                         if state.centering is not None:
                             state.centering.add(part.level, first + part.samples.start, part.features)
+                        if state.elements is not None:
+                            state.elements.add(part.level, part.features)
                         bar.update(2 * len(part.moments))
                     moments = moments.to("cpu", torch.float64)  # one transfer per batch
                     _check_moments(moments, levels, number)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .batches import Range
 from .centering import NUM_PRODUCTS, Centering
+from .element_sums import PARTS, ElementSums
 from .moments import MOMENTS, MomentSums, group_range, group_sizes, num_groups, reference
 from .teacher_statistics import StatisticsHeader, TeacherStatistics
 
@@ -35,6 +36,7 @@ class Request:
         condition: Whether the teacher has conditions.
         description: The teacher, in words.
         data: The data, in words.
+        per_element: Whether every element has coefficients of its own.
         shards: Number of processes with data of their own; 1 where all have the same.
     """
 
@@ -47,6 +49,7 @@ class Request:
     condition: bool
     description: str
     data: str
+    per_element: bool = False
     shards: int = 1
 
     @property
@@ -57,6 +60,7 @@ class Request:
     def differences(self, other: Mapping[str, Any]) -> str:
         """Say in what another request, perhaps from a file, is another one; nothing where it is the same."""
         own = json.loads(json.dumps(asdict(self)))
+        other = {"per_element": False, **other}  # checkpoints from before there was a choice
         names = [name for name in own if name not in other or other[name] != own[name]]
         return ", ".join(f"{name} {other.get(name)!r:.100}, not {own[name]!r:.100}" for name in names)
 
@@ -70,6 +74,7 @@ class EstimationState:
         precision: What the teacher is called in.
         sums: The moments.
         centering: What an intercept needs, or None.
+        elements: The sums of single elements, or None.
     """
 
     def __init__(self, request: Request) -> None:
@@ -78,6 +83,7 @@ class EstimationState:
         self.precision = ""
         self.sums = MomentSums(request.num_units, len(request.levels))
         self.centering = Centering(request.num_units, len(request.levels)) if request.intercept else None
+        self.elements = ElementSums(len(request.levels)) if request.per_element else None
 
     @property
     def num_done(self) -> int:
@@ -125,6 +131,8 @@ class EstimationState:
         self.sums.merge(other.sums)
         if self.centering is not None and other.centering is not None:
             self.centering.merge(other.centering)
+        if self.elements is not None and other.elements is not None:
+            self.elements.merge(other.elements)
 
     def most_bytes(self, processes: int) -> int:
         """Return how much the state takes in a file just before the end, when there is most of it."""
@@ -141,12 +149,15 @@ class EstimationState:
         self.sums.keep(groups)
         if self.centering is not None:
             self.centering.keep(groups, totals)
+        if self.elements is not None and not totals:
+            self.elements = ElementSums(len(self.request.levels))
 
     def statistics(self) -> TeacherStatistics:
         """Return the statistics of the samples seen. The state is used up."""
         request, sums = self.request, self.sums
         assert self.sample_shape is not None
         shape, levels = self.sample_shape, torch.tensor(request.levels, dtype=torch.float64, device="cpu")
+        elements = None if self.elements is None else self.elements.means(sums.counts.sum())
         means = None if self.centering is None else self.centering.close(sums)
         filled = sums.counts > 0
         a = torch.from_numpy(reference(levels.numpy()))[:, None]  # D = E + a x
@@ -159,6 +170,7 @@ class EstimationState:
             ),
             None if means is None else (means[:, 0] + a * means[:, 1]).reshape(len(levels), *shape),
             None if means is None else means[0, 1].reshape(shape),
+            None if elements is None else elements.reshape(-1, len(levels), *shape),
         )
 
     @staticmethod
@@ -171,12 +183,16 @@ class EstimationState:
             blocks = Centering.blocks(request.num_units, counts)
             shapes |= {name: (levels, features, sample_size) for name in blocks}
             shapes |= {"distinct": (groups, levels, NUM_PRODUCTS)}
+        if request.per_element:
+            shapes |= {"elements": (levels, PARTS[request.s_method], sample_size)}
         return shapes
 
     def packed(self) -> Packed:
         """Return the state as a header and tensors on the CPU, for a file or another process."""
         centering = {} if self.centering is None else self.centering.tensors()
         tensors = {"counts": self.sums.counts, "values": self.sums.values, **centering}
+        if self.elements is not None and self.elements.values is not None:
+            tensors |= {"elements": self.elements.values.cpu()}
         return {"sample_shape": self.sample_shape, "precision": self.precision}, tensors
 
     @classmethod
@@ -188,6 +204,8 @@ class EstimationState:
         state.sums.counts, state.sums.values = tensors["counts"].clone(), tensors["values"].clone()
         if state.centering is not None:
             state.centering.load(tensors)
+        if state.elements is not None and "elements" in tensors:
+            state.elements.values = tensors["elements"].clone()
         return state
 
 

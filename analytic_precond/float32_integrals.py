@@ -58,17 +58,8 @@ def float32_integrals(
     position = (edges[0, 0] / levels).log().detach() * cells_per_lambda
     i, j = position.floor().clamp(0, num - 1).nan_to_num(0).long()
     i = torch.minimum(i, j)  # where rounding parts neighbours
-    same = i == j
 
-    # lengths in lambda: from the cells' noisy ends to t and to s, from t to its cell's clean end (or s), the rest to s
-    high, low = edges[:, torch.stack([i, j, i + 1])]  # never an index of one number, which the host would read
-    start = (((high[:2] - levels) + low[:2]) / levels).log1p()
-    stop = torch.where(same, s, high[2])
-    first = (((t - stop) - torch.where(same, 0, low[2])) / stop).log1p()
-    last = torch.where(same, 0, start[1])
-
-    length = torch.stack([first, -last])
-    places = torch.stack([start + node * length for node in (0.0, *_NODES)])
+    places, first, last = jump_pieces(edges, i, j, t, s)
     v = 2 * cells_per_lambda * places[:, None] - 1  # (nodes, 1, [t, s], *shape)
     coefficients = cells[:, :, torch.stack([i, j])]
     value = coefficients[0]
@@ -79,11 +70,40 @@ def float32_integrals(
     L_ratio, S_ratio, between = pairs[torch.stack([i * num + j])][0].unbind(-1)
     ln_density = ln_L + ln_S
     at_s = ln_density[0, 1]
-    nodes = (ln_density[1:] - at_s).exp()
-    first_mean, last_mean = _WEIGHTS[0] * (nodes[0] + nodes[2]) + _WEIGHTS[1] * nodes[1]
+    first_mean, last_mean = gauss_mean((ln_density[1:] - at_s).exp())
     r = first * first_mean * (L_ratio / S_ratio) + between * (-at_s).exp() + last * last_mean
 
     L_ratio = L_ratio * (ln_L[0, 0] - ln_L[0, 1]).exp()
     S_ratio = S_ratio * (ln_S[0, 1] - ln_S[0, 0]).exp()
     # finite, since the backward form multiplies it by 0
     return l[0, 0], l[0, 1], L_ratio, S_ratio.clamp(max=torch.finfo(S_ratio.dtype).max), r
+
+
+def jump_pieces(edges: Tensor, i: Tensor, j: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where a jump's pieces are in their cells, in lambda, with no digits lost beside the diagonal.
+
+    Args:
+        edges: The levels of the cells' ends as high + low. Shape ``(2, cells + 1)``.
+        i: The cell of t.
+        j: The cell of s, the same or a later one.
+        t: The jumps' first levels.
+        s: The jumps' last levels.
+
+    Returns:
+        Distances from the cells' noisy ends: of t and of s, then of Gauss's nodes on the two pieces, shape
+        ``(4, 2, *t.shape)``; the length of the piece from t to its cell's clean end (or s), and of the rest to s.
+    """
+    levels, same = torch.stack([t, s]), i == j
+    high, low = edges[:, torch.stack([i, j, i + 1])]  # never an index of one number, which the host would read
+    start = (((high[:2] - levels) + low[:2]) / levels).log1p()
+    stop = torch.where(same, s, high[2])
+    first = (((t - stop) - torch.where(same, 0, low[2])) / stop).log1p()
+    last = torch.where(same, 0, start[1])
+
+    length = torch.stack([first, -last])
+    return torch.stack([start + node * length for node in (0.0, *_NODES)]), first, last
+
+
+def gauss_mean(values: Tensor) -> Tensor:
+    """Return the mean of a function over a piece from its values at Gauss's nodes, along the first dimension."""
+    return _WEIGHTS[0] * (values[0] + values[2]) + _WEIGHTS[1] * values[1]

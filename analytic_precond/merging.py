@@ -55,6 +55,8 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
             raise ValueError(f"statistics must be made alike, got {', '.join(differences)}.")
         if (part.mean_data is None) != (first.mean_data is None):
             raise ValueError("statistics must agree on the intercept: estimate all with it or all without.")
+        if (part.element_means is None) != (first.element_means is None):
+            raise ValueError("statistics must agree on per_element: estimate all with it or all without.")
 
     counts = torch.cat([part.counts for part in statistics])
     sums = torch.cat([part.sums for part in statistics])
@@ -68,6 +70,7 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
         replace(first.header, seeds=seeds),
         _weighted_mean(weights, [part.mean_denoised for part in statistics]),
         _weighted_mean(weights, [part.mean_data for part in statistics]),
+        _weighted_mean(weights, [part.element_means for part in statistics]),
     )
 
 

@@ -18,7 +18,7 @@ Array = NDArray[np.float64]
 
 # an estimate of tr dD/dx and its normaliser; inner products of E = D - a x, x and y = dE/dlambda (0 where not needed)
 MOMENTS = ("trace", "norm", "EE", "Ex", "xx", "Ey", "xy")
-_PRODUCTS = ((0, 0), (0, 1), (1, 1), (0, 2), (1, 2))  # the features E, x, y that each moment after norm multiplies
+PRODUCTS = ((0, 0), (0, 1), (1, 1), (0, 2), (1, 2))  # the features E, x, y that each moment after norm multiplies
 GROUPS = 32
 
 
@@ -62,7 +62,7 @@ def inner_products(features: Sequence[Tensor]) -> Tensor:
     """
     zero = features[0].new_zeros(features[0].shape[1])
     return torch.stack(
-        [(features[a] * features[b]).sum(-1).mean(0) if b < len(features) else zero for a, b in _PRODUCTS], 1
+        [(features[a] * features[b]).sum(-1).mean(0) if b < len(features) else zero for a, b in PRODUCTS], 1
     )
 
 

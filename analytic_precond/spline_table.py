@@ -34,7 +34,7 @@ class SplineTable(TableModule):
 
     def __init__(self, levels: Tensor, control: Tensor) -> None:
         super().__init__()
-        knots, basis = _local_basis(levels.numpy())
+        knots, basis = local_basis(levels.numpy())
         self.register_buffer("levels", levels.clone())
         self.register_buffer("knots", torch.from_numpy(knots))
         self.register_buffer("basis", torch.from_numpy(basis))
@@ -72,7 +72,7 @@ class SplineTable(TableModule):
             "control": self.control.float(),
             "starts": torch.stack([high, (starts - high).float()]),
             "half_widths": half.float(),
-            "basis": _recentred(self.basis, half).float(),
+            "basis": recentred(self.basis, half).float(),
         }
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class SplineTable(TableModule):
         return cell, (((high - t) + low) / t).log1p() / self.half_widths[cell] - 1
 
 
-def _local_basis(levels: Array) -> tuple[Array, Array]:
+def local_basis(levels: Array) -> tuple[Array, Array]:
     """Return where cells begin in lambda, and in each cell its B-splines' polynomials, highest power first.
 
     Shapes ``(cells,)`` and ``(cells, powers, splines)``; cell m has the splines m, m + 1, ...
@@ -123,7 +123,7 @@ def _local_basis(levels: Array) -> tuple[Array, Array]:
     return starts.copy(), np.stack([taylor[m, :, m : m + degree + 1] for m in range(len(starts))])
 
 
-def _recentred(basis: Tensor, half_widths: Tensor) -> Tensor:
+def recentred(basis: Tensor, half_widths: Tensor) -> Tensor:
     """Return polynomials of the distance from a cell's beginning as polynomials from -1 to 1 across the cell."""
     result, degree = basis.clone(), basis.shape[1] - 1
     for done in range(degree):  # repeated synthetic division by (v - half)

@@ -59,6 +59,28 @@ def linear_coefficient(levels: Array, l: Array) -> Callable[[Array], Array]:
     return lambda lam: np.asarray(expit(logit(lam)))
 
 
+def linear_coefficients(levels: Array, l: Array) -> Callable[[Array], Array]:
+    """Return several l as a function of lambda, each interpolated as if it were the only one.
+
+    Args:
+        levels: Decreasing noise levels. Shape ``(K,)``.
+        l: Values at the levels. Shape ``(..., K)``.
+
+    Returns:
+        A function from any array of lambda to l, of shape ``(..., *lambda.shape)``.
+    """
+    logistic = ((l > 0) & (l < 1)).all(-1)
+    through = [(rows, linear_coefficient(levels, l[rows])) for rows in (logistic, ~logistic) if rows.any()]
+
+    def l_at(lam: Array) -> Array:
+        values = np.empty((*l.shape[:-1], *lam.shape))
+        for rows, function in through:
+            values[rows] = function(lam)
+        return values
+
+    return l_at
+
+
 def linear_coefficient_derivative(levels: Array, l: Array) -> Array:
     """Return dl / dlambda at the levels, of the same interpolation. Shapes: ``(K,)``, ``(..., K)`` to ``(..., K)``."""
     if not _is_logistic(l):

@@ -17,18 +17,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from . import splines
 from ._checks import check_choice, check_finite, check_levels
 from ._files import read_tensors, sample_shape_of, write_tensors
+from .element_statistics import ElementStatistics
+from .element_sums import PARTS
 from .moments import MOMENTS, Array, jackknife, reference
+from .remainder import PRECISIONS, is_resolved, remainder_square, scales
 
 L_METHODS = ("stein", "hutchinson", "exact")
 S_METHODS = ("transport", "jvp", "finite-difference")
 
 _KIND = "TeacherStatistics 1"  # what the file is, and the version of its layout
-_PRECISIONS = {"float32": 1e-7, "float64": 1e-15}  # of D; a remainder below is rounding
-_ROUNDING_OF_L = 100.0  # in units of the same: below it may be rounding's effect on l, of differences of D over t
-_CANCELLATION = 1e-7  # of E: what the sums' own rounding leaves of g = E - k x where the two cancel
+_LARGEST_ELEMENT = 1e100  # products of three such numbers are finite
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,7 @@ class TeacherStatistics:
         header: How the statistics were made.
         mean_denoised: With an intercept: the mean of D per level. Shape ``(K, *sample_shape)``.
         mean_data: With an intercept: the mean of the data. Shape ``sample_shape``.
+        element_means: With statistics per element: means of products of each. Shape ``(8 or 13, K, *sample_shape)``.
     """
 
     levels: Tensor
@@ -83,12 +84,13 @@ class TeacherStatistics:
     header: StatisticsHeader
     mean_denoised: Tensor | None = None
     mean_data: Tensor | None = None
+    element_means: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check the parts against each other, wherever they come from: their sizes before their values."""
         if not 0 < self.header.sample_size < 2**60:
             raise ValueError(f"sample_shape must hold some elements, got {self.header.sample_shape}.")
-        check_choice(self.header.precision, _PRECISIONS, "precision")
+        check_choice(self.header.precision, PRECISIONS, "precision")
         check_choice(self.header.l_method, L_METHODS, "l_method")
         check_choice(self.header.s_method, S_METHODS, "s_method")
         if self.levels.ndim != 1 or len(self.levels) < 2:
@@ -104,6 +106,8 @@ class TeacherStatistics:
                 ("mean_denoised", self.mean_denoised, (num_levels, *shape)),
                 ("mean_data", self.mean_data, shape),
             ]
+        if self.element_means is not None:
+            expected += [("element_means", self.element_means, (PARTS[self.header.s_method], num_levels, *shape))]
         for name, part, part_shape in expected:
             if part is None or part.shape != part_shape or part.dtype != torch.float64:
                 got = "nothing" if part is None else f"{part.dtype} of shape {tuple(part.shape)}"
@@ -116,6 +120,10 @@ class TeacherStatistics:
             raise ValueError(f"counts must be positive whole numbers, got {self.counts[~whole].tolist()}.")
         if not bool((self.sums[..., 1] > 0).all()):
             raise ValueError("probe norms must be positive: these sums hold no samples.")
+        if self.element_means is not None and not bool(
+            (self.element_means.abs() < _LARGEST_ELEMENT).all() & (self.element_means[2] > 0).all()
+        ):
+            raise ValueError("element_means must hold means of squares of noise, got some that are not positive.")
 
     def __repr__(self) -> str:
         """Say what they are statistics of, not all their numbers."""
@@ -168,6 +176,16 @@ class TeacherStatistics:
         return self.mean_denoised - self.l.reshape(-1, *[1] * self.mean_data.ndim) * self.mean_data
 
     @cached_property
+    def elements(self) -> ElementStatistics | None:
+        """The coefficients of each element by itself; None where none were asked for."""
+        if self.element_means is None:
+            return None
+        return ElementStatistics.of(
+            self.levels, self.element_means, self.num_samples // 2, self.mean_data is not None, self.header.s_method,
+            self.header.precision,
+        )  # fmt: skip
+
+    @cached_property
     def _estimates(self) -> tuple[Tensor, ...]:
         counts, sums = self.counts.numpy(), self.sums.numpy()
         linear = jackknife(counts, sums, lambda means: (means[..., 0] / means[..., 1],))
@@ -179,36 +197,17 @@ class TeacherStatistics:
         """Tell where the remainder is more than rounding of D, or of D's differences, which move l. Shape (K,)."""
         a = reference(self.levels.numpy())
         _, _, EE, Ex, xx, _, _ = np.moveaxis(means, -1, 0)
-        gg = _remainder_square(means, l - a)
+        gg = remainder_square(EE, Ex, xx, l - a)
         DD = EE + 2 * a * Ex + a**2 * xx
         if self.mean_denoised is not None:  # rounding is relative to D itself, not to what centring left of it
             DD = DD + self.mean_denoised.reshape(len(DD), -1).square().sum(1).numpy()
-        rounding = _PRECISIONS[self.header.precision] ** 2 * DD
-        from_l = np.where(np.isfinite(l_stderr), 5 * l_stderr, 0) ** 2 * xx
-        resolved: NDArray[np.bool_] = (
-            (gg > rounding) & (gg > _CANCELLATION**2 * EE) & ((gg > from_l) | (gg > _ROUNDING_OF_L**2 * rounding))
-        )
-        return resolved
+        return is_resolved(gg, EE, DD, xx, l_stderr, self.header.precision)
 
     def _scales(self, means: Array, resolved: NDArray[np.bool_]) -> tuple[Array, Array]:
         """Return g_rms and s from mean moments, 0 where g is not resolved. Shapes: ``(R, K, 7)`` to ``(R, K)``."""
-        levels = self.levels.numpy()
-        a = reference(levels)
-        trace, norm, EE, Ex, xx, Ey, xy = np.moveaxis(means, -1, 0)
-        l = trace / norm
-        k = l - a
-        gg = np.where(resolved, _remainder_square(means, k), 0).clip(min=0)
-        g_rms = np.sqrt(gg / self.header.sample_size)
-
-        if self.header.s_method == "transport":
-            s = splines.derivative(levels, splines.log_scale(levels, g_rms))
-        else:
-            # dg/dlambda = y - l' x - k (D - x) with y = dE/dlambda along the ODE and D - x = E - (1 - a) x
-            dl = splines.linear_coefficient_derivative(levels, l)
-            E_dg = Ey - dl * Ex - k * (EE - (1 - a) * Ex)
-            x_dg = xy - dl * xx - k * (Ex - (1 - a) * xx)
-            s = (E_dg - k * x_dg) / np.where(gg > 0, gg, 1)
-        return g_rms, np.where(resolved, s, 0)
+        trace, norm, *products = np.moveaxis(means, -1, 0)
+        levels, size = self.levels.numpy(), self.header.sample_size
+        return scales(levels, trace / norm, np.stack(products), resolved, size, self.header.s_method)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the statistics as a safetensors file, atomically: an existing file is replaced whole or not at all.
@@ -245,18 +244,15 @@ class TeacherStatistics:
             statistics = replace(on_disk, **{name: part.clone() for name, part in parts.items()})
             with np.errstate(all="raise", under="ignore"):
                 _check_estimates(statistics._estimates)
+                if statistics.elements is not None:
+                    for value in (statistics.elements.l, statistics.elements.g_rms, statistics.elements.s):
+                        check_finite(value, "what follows from element_means")
             return statistics
         except (ValueError, TypeError, FloatingPointError, RecursionError) as error:
             raise ValueError(f"expected statistics in {path}, got parts that do not fit: {error!s:.500}") from error
 
 
-def _remainder_square(means: Array, k: Array) -> Array:
-    """Return E|g|^2 from mean moments, with g = D - l x = E - k x."""
-    _, _, EE, Ex, xx, _, _ = np.moveaxis(means, -1, 0)
-    return np.asarray(EE - 2 * k * Ex + k**2 * xx)
-
-
-_TENSORS = ("levels", "counts", "sums", "mean_denoised", "mean_data")
+_TENSORS = ("levels", "counts", "sums", "mean_denoised", "mean_data", "element_means")
 
 
 def _required(tensors: dict[str, Tensor]) -> dict[str, Any]:
