@@ -5,7 +5,6 @@ Sample number i always gets the same noise for a given seed, whatever the batch 
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from ._checks import check_finite, check_tensor
+from .fingerprints import digest
 
 Range = tuple[int, int]  # samples from one number to another, that one not included
 
@@ -100,7 +100,7 @@ class IndexedSource:
             raise ValueError("data must hold at least one sample, got none.")
         self.words = f"{type(data).__name__} of {self._size} samples"
         if isinstance(data, Tensor):
-            self.words = f"{data.dtype} of shape {tuple(data.shape)} that begins with {_digest(data[:16])}"
+            self.words = f"{data.dtype} of shape {tuple(data.shape)} with values {digest(data)}"
 
     def head(self) -> str:
         """Return what tells this process's data from another's: nothing, since all are given the same."""
@@ -153,7 +153,7 @@ class StreamSource:
         if first is None:
             return "no data"
         self._raw = chain([first], self._raw)
-        return _digest(first[1][:1])
+        return digest(first[1][:1])
 
     def number_from(self, first: int) -> None:
         """Take the stream for a shard, whose samples have numbers from ``first`` on; it may be empty."""
@@ -260,10 +260,6 @@ def _seed_torch(seed: int, sample: int) -> None:
     """Seed torch's generator for what is drawn while a sample is loaded: a transform, a loader's order."""
     key = np.array([seed, sample], dtype=np.uint64)  # a stream of its own, beside the sample's noise and probes
     torch.default_generator.manual_seed(int(np.random.Philox(key=key, counter=2**193).random_raw()))
-
-
-def _digest(x: Tensor) -> str:
-    return hashlib.sha256(x.detach().to("cpu", torch.float64).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _numbers(first: int, count: int) -> str:

@@ -87,7 +87,8 @@ class Checkpoint:
         """
         killed = f".{glob.escape(self._path.name)}.*.tmp"  # what processes left that were killed while they wrote
         for leftover in self._path.parent.glob(killed):
-            leftover.unlink(missing_ok=True)
+            if not _is_alive(leftover.name.split(".")[-2]):
+                leftover.unlink(missing_ok=True)
         probe = self._path.with_name(f".{self._path.name}.probe.tmp")
         try:
             with open(probe, "wb") as file:
@@ -143,3 +144,14 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor], request: Request)
     for name, part in tensors.items():
         check_tensor(part, name)
         check_finite(part, name)
+
+
+def _is_alive(process: str) -> bool:
+    """Whether a process of that number runs on this machine, and may be writing."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

@@ -230,7 +230,7 @@ def _jump_on_network(student: ConsistencyModel, t: float) -> tuple[float, float,
     """Return the level that the raw network is told; on it, c_in, c_skip and c_out of the jump from t to sigma_min."""
     c_skip, c_out = (float(c) for c in student.precond(t, student.sigma_min))
     here = torch.tensor(t, dtype=torch.float64, device="cpu")
-    q = student.precond.network_level(here, student.sigma_min)
+    q = student.precond.network_level(here, student.sigma_min).to(here)
     edm, scale = student.edm(q), float(input_scale(here, q, student.precond.sigma_data))
     return float(q), float(edm.c_in) * scale, c_skip + c_out * float(edm.c_skip) * scale, c_out * float(edm.c_out)
 

@@ -16,6 +16,7 @@ from .derivatives import Condition
 from .distributed import processes
 from .estimation_run import EstimationRun
 from .estimation_state import Request
+from .fingerprints import weights_of
 from .measurement import Measurement, where
 from .moments import MOMENTS
 from .noise_levels import log_noise_levels
@@ -126,7 +127,7 @@ def estimate_statistics(
             source = open_source(data, largest, seed)
             request = Request(
                 tuple(levels.tolist()), num_samples, l_method, s_method, seed, intercept, condition is not None,
-                name, source.words, per_element,
+                name, source.words, weights_of(denoiser), per_element,
             )  # fmt: skip
             run = EstimationRun(together, request, source, checkpoint)
             bar = tqdm(

@@ -36,6 +36,7 @@ class Request:
         condition: Whether the teacher has conditions.
         description: The teacher, in words.
         data: The data, in words.
+        weights: A fingerprint of the teacher's weights, where it is a module.
         per_element: Whether every element has coefficients of its own.
         shards: Number of processes with data of their own; 1 where all have the same.
     """
@@ -49,6 +50,7 @@ class Request:
     condition: bool
     description: str
     data: str
+    weights: str = ""
     per_element: bool = False
     shards: int = 1
 
@@ -60,7 +62,7 @@ class Request:
     def differences(self, other: Mapping[str, Any]) -> str:
         """Say in what another request, perhaps from a file, is another one; nothing where it is the same."""
         own = json.loads(json.dumps(asdict(self)))
-        other = {"per_element": False, **other}  # checkpoints from before there was a choice
+        other = {"per_element": False, "weights": "", **other}  # checkpoints from before there was a choice
         names = [name for name in own if name not in other or other[name] != own[name]]
         return ", ".join(f"{name} {other.get(name)!r:.100}, not {own[name]!r:.100}" for name in names)
 

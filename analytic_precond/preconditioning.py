@@ -176,6 +176,7 @@ class Preconditioning(FixedPrecisionModule):
         q = self.network_level(level, s)
         if q is level:
             return x_t, level
+        level = place(level, x_t.device, level.dtype)
         return (expand_to(input_scale(level, q, self.sigma_data), x_t) * x_t).to(x_t.dtype), q
 
     def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
@@ -183,7 +184,8 @@ class Preconditioning(FixedPrecisionModule):
 
         Args:
             x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
-            denoised: The denoiser's output. Shape of ``x_t``.
+            denoised: The denoiser's output, to what `query` returns: ``(x_t, t)`` but for `ShiftedPreconditioning`.
+                Shape of ``x_t``.
             t: Noise levels to start from. Shape ``(B,)``, or one for all.
             s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
 

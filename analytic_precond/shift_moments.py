@@ -56,7 +56,7 @@ def shift_moments(
 ) -> ShiftMoments:
     """Follow trajectories batch by batch, ask the teacher at each of their points, and sum the products.
 
-    Memory: the trajectories of one batch, ``K B d`` numbers in float64.
+    Memory: the trajectories of one batch and what they are made of, some ``5 K B d`` numbers in float64.
 
     Args:
         denoiser: The teacher.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.polynomial.polynomial import polyfit
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline, make_interp_spline
 from scipy.optimize import minimize
@@ -22,8 +23,8 @@ from .shift_moments import ShiftMoments
 Indices = NDArray[np.intp]
 
 _PLACES = np.linspace(0, 1, 65)  # in units of ln(t / s), where the miss is tabulated
-_SMOOTHNESS = 0.1  # weight of u's squared second derivatives in lambda, against the logarithm of the miss
-_PULL = 0.02  # weight of u's square, which decides where the miss does not
+_SMOOTHNESS = 1.0  # weight of u's squared second derivatives in lambda, against the logarithm of the miss
+_PULL = 0.005  # weight of u's square, which decides where the miss does not
 
 
 class ShiftedRegression(NamedTuple):
@@ -152,9 +153,13 @@ def _smooth_shift(lam: Array, i: Indices, j: Indices, w: Array, miss: Array) -> 
         slope = (3 * c3 * v + 2 * c2) * v + c1 + 2 * w * (_SMOOTHNESS * (rough.T @ bend) + _PULL * u)
         return float(value), slope
 
-    start = _PLACES[miss.argmin(0)]
-    found = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(0, 1)] * len(w), options={"maxiter": 1000})
-    return np.asarray(found.x) * w
+    # there are local minima; and where one stops early, rounding decides the answer
+    starts = (_PLACES[miss.argmin(0)], np.full(len(w), 0.2), np.full(len(w), 0.6))
+    options = {"maxiter": 20000, "maxfun": 40000, "ftol": 1e-14, "gtol": 1e-8}
+    bounds = [(0, 1)] * len(w)
+    ends = [minimize(objective, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options) for x in starts]
+    best: Array = min(ends, key=lambda end: float(end.fun)).x
+    return best * w
 
 
 def _second_derivatives(lam: Array, i: Indices, j: Indices) -> Any:
@@ -182,7 +187,8 @@ def _continued(table: Array, w: Array) -> Array:
     diagonal = np.empty(K)
     for i in range(K - 1):
         near = slice(i + 1, min(i + 4, K))
-        diagonal[i] = np.polynomial.Polynomial.fit(w[i, near], table[i, near], near.stop - near.start - 1)(0.0)
+        # not Polynomial.fit, which before numpy 2.1 cannot take a single point
+        diagonal[i] = polyfit(w[i, near], table[i, near], near.stop - near.start - 1)[0]
     diagonal[-1] = diagonal[-2]
     reflected = diagonal[:, None] + diagonal - table.T
     return np.where(np.isnan(table), np.where(np.eye(K) > 0, np.diag(diagonal), reflected), table)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_positive
+from ._checks import check_levels, check_positive
 from .derivatives import Condition
 from .fitted_preconditioning import FitHeader, FittedPreconditioning, expect
 from .jump_table import JumpTable
@@ -16,12 +16,12 @@ from .noise_levels import log_noise_levels
 from .out_of_memory import BatchSize
 from .preconditioning import Scalings
 from .shift_moments import shift_moments
-from .shift_regression import regress_shifted
 from .spline_table import SplineTable
 from .teacher import Denoiser
 from .trajectory_fit import measure_trajectories
 
 _NUM_LEVELS = 20
+_SMALLEST_RATIO, _LARGEST_RATIO = 1.05, 2.0
 
 
 class ShiftedPreconditioning(FittedPreconditioning):
@@ -41,8 +41,8 @@ class ShiftedPreconditioning(FittedPreconditioning):
     For s = t also q = t, so boundary and read-out are those of any jump. Where D is a multiple of x, as for white
     Gaussian data, the jump is an Euler step's c_out with the c_skip that makes it exact.
 
-    A module without parameters: its tables travel in the state dict (and fit any other instance of as many levels),
-    move with ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
+    A module without parameters: its tables travel in the state dict (and fit any other instance of as many levels and
+    the same ``sigma_data``), move with ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
 
     Args:
         table: The coefficients.
@@ -82,14 +82,16 @@ class ShiftedPreconditioning(FittedPreconditioning):
         r"""Follow the teacher's trajectories, ask it at all lower levels on the way, and regress.
 
         With K levels a trajectory takes ``6 K - 5 + K (K - 1) / 2`` evaluations of the teacher: 305 by default, 156,160
-        in all, and ``8 K batch_size d`` bytes of memory.
+        in all, and about ``40 K batch_size d`` bytes of memory.
 
         Args:
             denoiser: The teacher, as for `LeastSquaresPreconditioning.fit`.
             data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset, a DataLoader or an iterable of
                 batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
             levels: Decreasing noise levels to regress at, shape ``(K,)``, which are also the steps of the ODE; jumps
-                between any others are interpolated. Default: 20 from 80 to 0.002, uniform in lambda.
+                between any others are interpolated. Neighbours are at most a factor of 2 apart, and at least one of
+                1.05: coarser tables are not accurate between the levels, finer ones ill-conditioned. Default: 20 from
+                80 to 0.002, uniform in lambda.
             num_trajectories: Number of trajectories.
             batch_size: Largest batch that the teacher sees. ``"auto"`` begins at 256 and halves it where memory runs
                 out. It does not change the result, beyond rounding.
@@ -108,10 +110,13 @@ class ShiftedPreconditioning(FittedPreconditioning):
             ValueError: If an argument is out of range, data are empty or not finite, or the teacher returns a wrong
                 shape or a value that is not finite (the error names the level).
         """
+        from .shift_regression import regress_shifted  # imports scipy's splines and optimisers: slow, only needed here
+
         check_positive(sigma_data, "sigma_data")
+        levels = log_noise_levels(_NUM_LEVELS) if levels is None else levels
+        _check_spacing(levels)
         moments, header = measure_trajectories(
-            denoiser, data, log_noise_levels(_NUM_LEVELS) if levels is None else levels, num_trajectories, batch_size,
-            seed, condition, device, description,
+            denoiser, data, levels, num_trajectories, batch_size, seed, condition, device, description,
             lambda starts, levels, axes: shift_moments(
                 denoiser, starts, levels, num_trajectories, sigma_data, progress, batch_size
             ),
@@ -138,7 +143,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
             Noise levels from ``s`` to ``t``, in the broadcast shape; NaN where levels are out of range.
         """
         dtype = torch.promote_types(t.dtype, s.dtype if isinstance(s, Tensor) else t.dtype)
-        t, s, valid = self._levels(t, s)
+        t, s, valid = self._levels(t, s, self._device)
         rate = self.shift(t, s)[0].clamp(0, 1)
         q = t * (-rate * ((t - s) / s).log1p()).exp()
         return (q if valid is None else torch.where(valid, q, torch.nan)).to(torch.promote_types(dtype, torch.float32))
@@ -158,4 +163,16 @@ class ShiftedPreconditioning(FittedPreconditioning):
         K = len(table.levels)
         return cls(
             table, fit, sigma_data, SplineTable(table.levels, expect(tensors, "shift", (K, K, 1), torch.float64))
+        )
+
+
+def _check_spacing(levels: object) -> None:
+    """Refuse levels so far apart, or so close, that a table of them is not accurate between them."""
+    check_levels(levels)
+    assert isinstance(levels, Tensor)
+    ratios = (levels[:-1] / levels[1:]).double()
+    if bool((ratios > _LARGEST_RATIO).any()) or bool((ratios < _SMALLEST_RATIO).any()):
+        raise ValueError(
+            f"neighbouring levels must be at least a factor of {_SMALLEST_RATIO} and at most one of {_LARGEST_RATIO} "
+            f"apart, got {ratios.min():.4g} to {ratios.max():.4g}: take log_noise_levels(20)."
         )

@@ -51,6 +51,12 @@ class Student(nn.Module):
                 f"precond must be a Preconditioning, got {type(precond).__name__}: for example "
                 f"AnalyticPreconditioning(statistics) or CTMPreconditioning()."
             )
+        told = type(precond).network_level is not Preconditioning.network_level
+        if told and precond.sigma_data != sigma_data:
+            raise ValueError(
+                f"sigma_data must be {precond.sigma_data:g}, the preconditioning's, which scales the input by "
+                f"it, got {sigma_data:g}: fit it again with the student's."
+            )
         self.network = network
         self.precond = precond
         self.edm = EDMPreconditioning(sigma_data)

@@ -446,7 +446,9 @@ def test_fitted_files_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("levels", "c_skip", "c_skip_stderr", "c_out", "c_out_stderr")
     assert row == pytest.approx([shown[name][1] for name in names], rel=5e-6)  # six digits
 
-    shifted = ap.ShiftedPreconditioning.fit(linear_teacher, data, **FIT)
+    shifted = ap.ShiftedPreconditioning.fit(
+        linear_teacher, data, **{**FIT, "levels": ap.log_noise_levels(6, 0.25, 4.0)}
+    )
     shifted.save("shifted.st")
     assert main(["show", "shifted.st", "--json"]) == 0
     shown = strict_json(capsys.readouterr().out)

@@ -128,7 +128,7 @@ def test_all_processes_stop_with_the_error_of_one(tmp_path: Path) -> None:
 
     differences = {
         "seed": "seed 0 and 1",
-        "data": r"data 'torch.float64 of shape (50, 3) that begins with ",
+        "data": r"data 'torch.float64 of shape (50, 3) with values ",
         "resume on one": "checkpoint_every 0 and 1",
     }
     for name, difference in differences.items():

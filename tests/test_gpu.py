@@ -197,14 +197,14 @@ def preconditionings() -> dict[str, ap.Preconditioning]:
         "theta": analytic(levels, l, s, theta=0.4),
         "least squares": ap.LeastSquaresPreconditioning.fit(teacher, data, **fit),
         "cosines": ap.PerModePreconditioning.fit(teacher, data, **fit),
-        "shifted": ap.ShiftedPreconditioning.fit(teacher, data, **fit),
+        "shifted": ap.ShiftedPreconditioning.fit(teacher, data, **{**fit, "levels": ap.log_noise_levels(20)}),
         "axes": ap.PerModePreconditioning.fit(teacher, data, basis="pca", **fit),
     }
 
 
 NAMES = [
     "euler", "variance", "euler_variance_mixed", "CM", "BCM", "TrigFlow", "flow map", "backward", "forward", "theta",
-    "least squares", "cosines", "axes",
+    "least squares", "shifted", "cosines", "axes",
 ]  # fmt: skip
 
 

@@ -245,7 +245,7 @@ class TestRegression:
                 ratio = (self.levels[j] / self.levels[i]).item()
                 for k in range(6):
                     D = x[:, k] - removed[:, k]
-                    own = np.linalg.lstsq(np.stack([x[:, k], D], 1), target[:, k])[0][1] / (1 - ratio)
+                    own = np.linalg.lstsq(np.stack([x[:, k], D], 1), target[:, k], rcond=None)[0][1] / (1 - ratio)
                     a, b = regression.a[k, i, j], regression.b[k, i, j]
                     low, high = sorted((max(own, 0.5), float(whole.a[0, i, j])))
                     assert low - 1e-4 < a < high + 1e-4  # between its own and that of whole samples

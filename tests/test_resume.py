@@ -19,6 +19,8 @@ import torch
 from scale_runs import DATA, LEVELS, SOURCES, Failing, Flipped, all_sources, estimate, killed_run, same_bits
 from torch import Tensor
 
+import analytic_precond as ap
+
 CALLS = 6  # of a batch: each sample's pair at each of three levels
 
 
@@ -75,7 +77,7 @@ def test_a_process_killed_many_times_ends_with_the_same_file(tmp_path: Path) -> 
     assert not list(tmp_path.glob(".*"))  # nor is anything left of writes that were cut short
 
 
-@pytest.mark.parametrize("name", SOURCES.keys() - {"one pair", "three groups"})
+@pytest.mark.parametrize("name", sorted(SOURCES.keys() - {"one pair", "three groups"}))
 def test_any_source_is_resumed(name: str, tmp_path: Path) -> None:
     make, options = SOURCES[name]
     path = tmp_path / "kept"
@@ -316,3 +318,17 @@ def test_what_killed_writes_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".other.123.tmp").touch()
     estimate(DATA, resume=tmp_path / "kept")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".other.123.tmp", "kept"]
+
+
+def test_another_teachers_weights_are_noticed(tmp_path: Path) -> None:
+    """The same class, the same shapes: what a retrained network looks like."""
+    teachers = [ap.GaussianDenoiser(torch.tensor([1.0, variance, 0.1])) for variance in (0.5, 0.6)]
+    options = {"levels": LEVELS, "num_samples": 16, "progress": False, "resume": tmp_path / "state"}
+    data = DATA[:, :3].float()
+    ap.estimate_statistics(teachers[0], data, **options)
+    with pytest.raises(ValueError, match="weights"):
+        ap.estimate_statistics(teachers[1], data, **options)
+    changed = data.clone()
+    changed[90] += 1
+    with pytest.raises(ValueError, match="with values"):
+        ap.estimate_statistics(teachers[0], changed, **options)

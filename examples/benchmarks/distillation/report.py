@@ -150,6 +150,21 @@ def long_table(results: dict[Run, History], config: Configuration, problem: str)
     return table(["", "iterations", *(FINAL[metric] for metric in SPEEDUPS)], rows)
 
 
+def diagnosis_table(maps: dict[str, Any]) -> str:
+    """Return what is known before training, RMS over all jumps of the maps."""
+
+    def over_jumps(values: list[list[float]]) -> float:
+        jumps = np.array(values)[np.triu_indices(len(values), 1)]
+        return float(np.sqrt(np.mean(jumps**2)))
+
+    columns = {"gap_start": "gap at the start", "gap_target": "gap at the target", "c_out": "c_out", "required": "D*"}
+    rows = [
+        [METHODS[name].label, *(f"{over_jumps(maps[column][name]):.3g}" for column in columns)]
+        for name in maps["c_out"]
+    ]
+    return table(["", *columns.values()], rows)
+
+
 def time_table(results: dict[Run, History], config: Configuration, problem: str) -> str:
     """Return milliseconds per iteration: medians over the runs, and ratios to the baseline."""
 
@@ -230,6 +245,10 @@ def main() -> None:
                     f"### Speed-up over {METHODS[baseline].label}\n",
                     speedup_table(results, config, problem, baseline),
                 ]
+        parts += [
+            "### Gaps before training, c_out and the required output: RMS over jumps\n",
+            diagnosis_table(described[problem]["maps"]),
+        ]
         parts += ["### Learning rates, one seed\n", rate_table(results, config, problem)]
         parts += [
             "### Each at its best learning rate: speed-up (rate), one seed\n",
