@@ -58,7 +58,7 @@ expect("what was saved", all(torch.equal(getattr(again, field), getattr(used["st
 
 # what asks most of numpy and scipy; five levels make splines of even degree
 fit = ap.ShiftedPreconditioning.fit(
-    used["teacher"], used["data"], levels=ap.log_noise_levels(5), num_trajectories=64, progress=False
+    used["teacher"], used["data"], levels=ap.log_noise_levels(5, 0.5, 5.0), num_trajectories=64, progress=False
 )
 expect("finite coefficients", all(math.isfinite(c) for c in fit(5.0, 1.0)))
 
