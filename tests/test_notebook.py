@@ -107,30 +107,3 @@ def test_it_runs_to_the_outputs_that_it_stores(stored: Any, tmp_path: Path) -> N
             for old_number, new_number in zip(NUMBER.findall(old_text), NUMBER.findall(new_text), strict=True):
                 digit = 10.0 ** -len(old_number.partition(".")[2])
                 assert float(new_number) == pytest.approx(float(old_number), rel=0.02, abs=1.5 * digit), old.id
-
-
-@pytest.mark.slow
-def test_sliders_where_it_is_live_and_none_without_ipywidgets(stored: Any, tmp_path: Path) -> None:
-    cells = {cell.id: cell.source for cell in stored.cells}
-    live = "import os, sys\nos.environ['JPY_SESSION_NAME'] = 'coefficient_curves.ipynb'\n"
-    sources = [
-        live + "sys.modules['ipywidgets'] = None",
-        cells["setup"],
-        cells["teachers"],
-        "levels = ap.log_noise_levels(8)",
-        cells["draw-spectrum"],
-        "del sys.modules['ipywidgets']",
-        cells["setup"],
-        cells["draw-spectrum"],
-    ]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
-    nbformat.write(notebook, tmp_path / "live.ipynb")
-    fresh = run(tmp_path / "live.ipynb", tmp_path)
-    assert kinds(fresh.cells[4]) == [("display_data", ["image/png", "text/plain"])]
-    assert kinds(fresh.cells[7]) == [("display_data", ["application/vnd.jupyter.widget-view+json", "text/plain"])]
-    state = fresh.metadata.widgets["application/vnd.jupyter.widget-state+json"].state.values()
-    sliders = {widget.state.description for widget in state if widget.model_name == "SelectionSliderModel"}
-    assert sliders == {"exponent", "t"}
-    [figure] = [widget.state.outputs for widget in state if widget.model_name == "OutputModel"]
-    assert [output.output_type for output in figure] == ["display_data"]
-    assert "image/png" in figure[0]["data"]
