@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -41,6 +42,13 @@ def write_tensors(
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes left beside a file that were killed while they wrote it."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if not _is_alive(leftover.name.split(".")[-2]):
+            leftover.unlink(missing_ok=True)
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -101,3 +109,14 @@ def _check_size(size: int, first_bytes: bytes) -> None:
         raise ValueError(
             f"a file may have {_LARGEST_FILE} bytes, {_LONGEST_HEADER} of them for its header, got {size} and {header}"
         )
+
+
+def _is_alive(process: str) -> bool:
+    """Whether a process of that number runs on this machine, and may be writing."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

@@ -12,6 +12,7 @@ from . import splines
 from ._checks import check_choice, check_finite, check_levels, check_tensor
 from .integral_table import IntegralTable, PairIntegrals
 from .preconditioning import Preconditioning, Scalings
+from .remainder import log_scale_spline
 from .splines import Array
 from .teacher_statistics import TeacherStatistics
 
@@ -64,10 +65,7 @@ class AnalyticPreconditioning(Preconditioning):
                 f"TeacherStatistics.load, or use AnalyticPreconditioning.from_coefficients(levels, l, s)."
             )
         levels, l = statistics.levels.numpy(), statistics.l.numpy()
-        if statistics.header.s_method == "transport":
-            ln_S = splines.spline(levels, splines.log_scale(levels, statistics.g_rms.numpy()))
-        else:
-            ln_S = splines.spline(levels, statistics.s.numpy()).antiderivative()
+        ln_S = log_scale_spline(levels, statistics.g_rms.numpy(), statistics.s.numpy(), statistics.header.s_method)
         self._build(levels, l, ln_S, discretization, theta, sigma_data)
 
     @classmethod

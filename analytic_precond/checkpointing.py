@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import math
 import os
 import warnings
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_count, check_finite, check_tensor
-from ._files import read_tensors, sample_shape_of, write_tensors
+from ._files import read_tensors, remove_leftovers, sample_shape_of, write_tensors
 from .estimation_state import EstimationState, Request
 from .moments import group_sizes
 
@@ -85,10 +84,7 @@ class Checkpoint:
         Raises:
             OSError: If that fails, for want of space or permission.
         """
-        killed = f".{glob.escape(self._path.name)}.*.tmp"  # what processes left that were killed while they wrote
-        for leftover in self._path.parent.glob(killed):
-            if not _is_alive(leftover.name.split(".")[-2]):
-                leftover.unlink(missing_ok=True)
+        remove_leftovers(self._path)
         probe = self._path.with_name(f".{self._path.name}.probe.tmp")
         try:
             with open(probe, "wb") as file:
@@ -144,14 +140,3 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor], request: Request)
     for name, part in tensors.items():
         check_tensor(part, name)
         check_finite(part, name)
-
-
-def _is_alive(process: str) -> bool:
-    """Whether a process of that number runs on this machine, and may be writing."""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True

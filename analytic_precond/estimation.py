@@ -125,9 +125,10 @@ def estimate_statistics(
 
         with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
             source = open_source(data, largest, seed)
+            compared = checkpoint is not None or together.size > 1
             request = Request(
                 tuple(levels.tolist()), num_samples, l_method, s_method, seed, intercept, condition is not None,
-                name, source.words, weights_of(denoiser), per_element,
+                name, source.words, weights_of(denoiser) if compared else "", per_element,
             )  # fmt: skip
             run = EstimationRun(together, request, source, checkpoint)
             bar = tqdm(

@@ -19,9 +19,9 @@ from .moments import Array, jackknife, reference
 from .trajectory_moments import TrajectoryMoments
 
 # what D must hold beyond a multiple of x to be told from it, in squares
-RIDGE = 1e-8  # of the smaller of D and x - D
-ROUNDING = 100.0  # times the squared epsilons of the teacher's dtype, of D, and of float64, of x
-CANCELLATION = 1000.0  # times the epsilon of float64, of E x: the sums' own rounding
+_RIDGE = 1e-8  # of the smaller of D and x - D
+_ROUNDING = 100.0  # times the squared epsilons of the teacher's dtype, of D, and of float64, of x
+_CANCELLATION = 1000.0  # times the epsilon of float64, of E x: the sums' own rounding
 NETWORK = 0.03  # of EDM's c_out: errors of a student's network, below which a mode's D tells it nothing
 LEAST_A = 0.5  # an output that hardly moves x_s could not correct it
 
@@ -103,18 +103,10 @@ class _Means(NamedTuple):
         """The regression coefficient of E on x. Shape ``(..., K)``."""
         return _diagonal(self.Ex) / _diagonal(self.xx)
 
-    def squares(self) -> tuple[Array, Array]:
-        """Return E|D|^2 and E|x - D|^2. Shapes ``(..., K)``."""
-        taken, xE, xx = reference(self.levels), _diagonal(self.Ex), _diagonal(self.xx)  # D = E + taken x
-        left = 1 - taken
-        return self.EE + 2 * taken * xE + taken**2 * xx, self.EE - 2 * left * xE + left**2 * xx
-
     def a(self, prior: Array, floor: Array) -> Array:
         """Regress y on what D holds beyond a multiple of x, by ridge regression towards a prior (..., K, K)."""
         own = self.EE - self.multiple * _diagonal(self.Ex)
-        xx, eps = _diagonal(self.xx), np.finfo(np.float64).eps
-        rounding = floor + ROUNDING * eps**2 * xx + CANCELLATION * eps * np.sqrt(self.EE * xx)
-        ridge = (RIDGE * np.minimum(*self.squares()).clip(min=0) + rounding)[..., None]
+        ridge = ridge_of(self.levels, _diagonal(self.xx), _diagonal(self.Ex), self.EE, floor)[..., None]
         with_x_s = self.Ex - self.multiple[..., None] * self.xx
         a = (with_x_s / self.tau + ridge * prior) / (own[..., None].clip(min=0) + ridge)
         return np.where(np.eye(len(self.levels)) > 0, 1, a.clip(min=LEAST_A))
@@ -135,10 +127,39 @@ def _means(moments: TrajectoryMoments) -> _Means:
     return _Means(moments.levels, *means)
 
 
+def ridge_of(levels: Array, xx: Array, xE: Array, EE: Array, floor: Array) -> Array:
+    """Return what D must hold beyond a multiple of x to be told from it, in squares. Shapes ``(..., K)``.
+
+    Args:
+        levels: The noise levels. Shape ``(K,)``.
+        xx: Mean squares of x.
+        xE: Mean products of x and E.
+        EE: Mean squares of E.
+        floor: What else hides it, e.g. `rounding_of`.
+
+    Returns:
+        The ridge.
+    """
+    left, eps = 1 - reference(levels), np.finfo(np.float64).eps
+    smaller = np.minimum(_D_square(levels, xx, xE, EE), EE - 2 * left * xE + left**2 * xx)  # x - D = left x - E
+    rounding = floor + _ROUNDING * eps**2 * xx + _CANCELLATION * eps * np.sqrt(EE * xx)
+    return np.asarray(_RIDGE * smaller.clip(min=0) + rounding)
+
+
+def rounding_of(levels: Array, xx: Array, xE: Array, EE: Array, precision: str) -> Array:
+    """Return the square of what the teacher's dtype does not resolve of an element of D. Shapes as for `ridge_of`."""
+    return _ROUNDING * torch.finfo(getattr(torch, precision)).eps ** 2 * _D_square(levels, xx, xE, EE)
+
+
+def _D_square(levels: Array, xx: Array, xE: Array, EE: Array) -> Array:
+    taken = reference(levels)  # D = E + taken x
+    return np.asarray(EE + 2 * taken * xE + taken**2 * xx)
+
+
 def _rounding(whole: TrajectoryMoments, precision: str) -> Array:
-    """Return the square of what the teacher's dtype does not resolve of an element of D. Shape ``(K,)``."""
-    D_square: Array = _means(whole).squares()[0][0]
-    return ROUNDING * torch.finfo(getattr(torch, precision)).eps ** 2 * D_square
+    """Return `rounding_of` whole samples. Shape ``(K,)``."""
+    means = _means(whole)
+    return rounding_of(means.levels, _diagonal(means.xx)[0], _diagonal(means.Ex)[0], means.EE[0], precision)
 
 
 def _network_scale(whole: TrajectoryMoments) -> Array:

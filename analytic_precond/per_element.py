@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import splines
-from ._checks import check_choice, check_finite, check_levels, check_tensor, place
+from ._checks import check_choice, check_finite, check_levels, check_tensor
 from .analytic import euler_step_scalings, theta_of
 from .element_table import ElementTable
 from .ode_arguments import per_sample
-from .preconditioning import EDMPreconditioning, Preconditioning, Scalings
+from .preconditioning import Preconditioning, Scalings
 from .remainder import log_scale_spline
 from .splines import Array
 from .teacher_statistics import TeacherStatistics
@@ -163,22 +163,6 @@ class PerElementPreconditioning(Preconditioning):
         """Return the elements' coefficients for valid levels. Shape ``(n, *t.shape)``."""
         c_skip, c_out = euler_step_scalings(self.integrals(t, s), self.theta)
         return Scalings(c_skip.movedim(-1, 0), c_out.movedim(-1, 0))
-
-    def on_network(self, t: Tensor | float, s: Tensor | float) -> Scalings:
-        """Return ``c_skip`` and ``c_out`` per element of the same jump on a raw network F inside EDM's denoiser.
-
-        Args:
-            t: Noise levels to start from.
-            s: Noise levels to reach, at most ``t``.
-
-        Returns:
-            The coefficients on x_t and on F, as from calling the preconditioning.
-        """
-        c_skip, c_out = self(t, s)
-        shape = c_out.shape[: c_out.ndim - len(self.shape)]
-        edm = EDMPreconditioning(self.sigma_data)(place(t, c_out.device, c_out.dtype))
-        edm_skip, edm_out = (c.expand(shape).reshape(*shape, *[1] * len(self.shape)) for c in edm[:2])
-        return Scalings(c_skip + c_out * edm_skip, c_out * edm_out)
 
     def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
         """Return ``x_s = c_skip x_t + c_out denoised``, element by element.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_positive, check_tensor, place
+from ._checks import check_positive, check_tensor
 from .derivatives import Condition
 from .fitted_preconditioning import FitHeader, FittedPreconditioning, expect
 from .jump_regression import regress_groups
@@ -18,7 +18,7 @@ from .noise_levels import expand_to
 from .ode_arguments import per_sample
 from .orthonormal_bases import CosineBasis, MatrixBasis, OrthonormalBasis, check_basis, choose_basis, tie_modes
 from .out_of_memory import BatchSize
-from .preconditioning import EDMPreconditioning, Scalings
+from .preconditioning import Scalings
 from .teacher import Denoiser
 from .trajectory_fit import Coordinates, measure_trajectories
 from .trajectory_moments import trajectory_moments
@@ -145,22 +145,6 @@ class PerModePreconditioning(FittedPreconditioning):
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the groups' coefficients for valid levels. Shape ``(G, *t.shape)``."""
         return self.table.jumps(t, s)
-
-    def on_network(self, t: Tensor | float, s: Tensor | float) -> Scalings:
-        """Return ``c_skip`` and ``c_out`` per mode of the same jump on a raw network F inside EDM's denoiser.
-
-        Args:
-            t: Noise levels to start from.
-            s: Noise levels to reach, at most ``t``.
-
-        Returns:
-            The coefficients on the modes of x_t and of F, as from calling the preconditioning.
-        """
-        c_skip, c_out = self(t, s)
-        shape = c_out.shape[: c_out.ndim - len(self.basis.mode_shape)]
-        edm = EDMPreconditioning(self.sigma_data)(place(t, c_out.device, c_out.dtype))
-        edm_skip, edm_out = (c.expand(shape).reshape(*shape, *[1] * len(self.basis.mode_shape)) for c in edm[:2])
-        return Scalings(c_skip + c_out * edm_skip, c_out * edm_out)
 
     def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
         """Return x_s: both arguments transformed, combined, and transformed back.

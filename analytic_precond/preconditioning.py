@@ -137,13 +137,18 @@ class Preconditioning(FixedPrecisionModule):
             s: Noise levels to reach, at most ``t``.
 
         Returns:
-            The coefficients of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, as from calling the preconditioning.
+            The coefficients of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, as from calling the preconditioning: per
+            mode or element where they are.
         """
         c_skip, c_out = self(t, s)
         t = place(t, c_out.device, c_out.dtype)
         q = place(self.network_level(t, s), c_out.device, c_out.dtype)
         edm = EDMPreconditioning(self.sigma_data)(q)
-        return Scalings(c_skip + c_out * edm.c_skip * input_scale(t, q, self.sigma_data), c_out * edm.c_out)
+        levels = torch.broadcast_shapes(t.shape, s.shape if isinstance(s, Tensor) else ())
+        own = [1] * (c_out.ndim - len(levels))  # dimensions of modes or elements
+        scalings = (edm.c_skip, input_scale(t, q, self.sigma_data), edm.c_out)
+        edm_skip, scale, edm_out = (c.expand(levels).reshape((*levels, *own)) for c in scalings)
+        return Scalings(c_skip + c_out * edm_skip * scale, c_out * edm_out)
 
     def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
         """Return the noise level that the network is told on a jump from t to s: t, where nothing else is said.

@@ -1,8 +1,9 @@
 r"""Second moments along a teacher's trajectories, the teacher asked at lower noise levels too, in one streaming pass.
 
-With $x_i$ the state at level i, and $D_{ik}$ the teacher's answer to it when told level k (`shifted_input`), they are
-the means over trajectories and elements of $x_i x_j$, $E_{ik} x_j$ and $E_{ik}^2$, where $E_{ik} = D_{ik} - a_i x_i$
-(`moments.reference` says why): all that a linear regression of $x_j$ on $x_i$ and $D_{ik}$ needs.
+With $x_i$ the state at level i, and $D_{ik}$ the teacher's answer to it when told level k (and given it scaled by
+`input_scale`), they are the means over trajectories and elements of $x_i x_j$, $E_{ik} x_j$ and $E_{ik}^2$, where
+$E_{ik} = D_{ik} - a_i x_i$ (`moments.reference` says why): all that a linear regression of $x_j$ on $x_i$ and $D_{ik}$
+needs.
 """
 
 from __future__ import annotations

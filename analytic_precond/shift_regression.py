@@ -16,7 +16,7 @@ from scipy.interpolate import CubicSpline, make_interp_spline
 from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
-from .jump_regression import CANCELLATION, LEAST_A, NETWORK, RIDGE, ROUNDING
+from .jump_regression import LEAST_A, NETWORK, ridge_of, rounding_of
 from .moments import Array, reference
 from .shift_moments import ShiftMoments
 
@@ -41,12 +41,12 @@ class ShiftedRegression(NamedTuple):
     rate: Array
 
 
-def regress_shifted(moments: ShiftMoments, epsilon: float, sigma_data: float) -> ShiftedRegression:
+def regress_shifted(moments: ShiftMoments, precision: str, sigma_data: float) -> ShiftedRegression:
     """Choose the levels to ask at, and regress.
 
     Args:
         moments: The moments.
-        epsilon: Relative rounding of the teacher's dtype.
+        precision: The teacher's dtype, e.g. ``"float32"``.
         sigma_data: Standard deviation of the data.
 
     Returns:
@@ -55,7 +55,7 @@ def regress_shifted(moments: ShiftMoments, epsilon: float, sigma_data: float) ->
     levels, K = moments.levels, len(moments.levels)
     w = np.log(levels[:, None] / levels)
     i, j = np.triu_indices(K, 1)
-    answers = _Answers.of(moments, epsilon)
+    answers = _Answers.of(moments, precision)
 
     tabulated = answers.at(i, j, w[i, j] * _PLACES[:, None])
     network = (NETWORK * sigma_data * levels) ** 2 / (levels**2 + sigma_data**2)
@@ -100,14 +100,9 @@ class _Answers(NamedTuple):
     ridge: Array  # (K,)
 
     @staticmethod
-    def of(moments: ShiftMoments, epsilon: float) -> _Answers:
-        taken = reference(moments.levels)
-        xx, xE, EE = np.diagonal(moments.xx), np.einsum("iii->i", moments.Ex), np.diagonal(moments.EE)
-        DD = EE + 2 * taken * xE + taken**2 * xx
-        left = EE - 2 * (1 - taken) * xE + (1 - taken) ** 2 * xx  # E|x - D|^2
-        eps = np.finfo(np.float64).eps
-        rounding = ROUNDING * (epsilon**2 * DD + eps**2 * xx) + CANCELLATION * eps * np.sqrt(EE * xx)
-        return _Answers(moments, RIDGE * np.minimum(DD, left).clip(min=0) + rounding)
+    def of(moments: ShiftMoments, precision: str) -> _Answers:
+        squares = np.diagonal(moments.xx), np.einsum("iii->i", moments.Ex), np.diagonal(moments.EE)
+        return _Answers(moments, ridge_of(moments.levels, *squares, rounding_of(moments.levels, *squares, precision)))
 
     def at(self, i: Indices, j: Indices, u: Array) -> _Moments:
         """Return the moments for jumps from level i to level j, asked at u. Shapes ``(P,)``, ``(P,)``, ``(N, P)``."""
@@ -118,9 +113,8 @@ class _Answers(NamedTuple):
             asked = np.log(levels[row] / levels[row:])
             multiple = Ex[row, row:, row] / xx[row, row]
             scale = np.sqrt((EE[row, row:] - multiple * Ex[row, row:, row]).clip(min=0) + self.ridge[row])
-            with_x = (Ex[row, row:] - multiple[:, None] * xx[row]) / scale[
-                :, None
-            ]  # squares fall by orders of magnitude
+            # not their squares, which fall by orders of magnitude and would be interpolated badly
+            with_x = (Ex[row, row:] - multiple[:, None] * xx[row]) / scale[:, None]
             parts = np.column_stack([np.log(scale), multiple, with_x])
             function = make_interp_spline(asked, parts, k=min(3, K - row - 1))
             for pair in np.flatnonzero(i == row):

@@ -121,8 +121,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
                 denoiser, starts, levels, num_trajectories, sigma_data, progress, batch_size
             ),
         )  # fmt: skip
-        epsilon = torch.finfo(getattr(torch, header.precision)).eps
-        a, b, rate = regress_shifted(moments, epsilon, sigma_data)
+        a, b, rate = regress_shifted(moments, header.precision, sigma_data)
         control = SplineTable.control_points(moments.levels, rate[None])
         shift = SplineTable(torch.from_numpy(moments.levels), torch.from_numpy(control))
         return cls(JumpTable.of(moments.levels, a[None], b[None]), header, sigma_data, shift)

@@ -41,7 +41,7 @@ def from_one_start(denoiser: Denoiser, x_T: Tensor, levels: Tensor, sigma_data: 
     """The fit to given starting points at the noisiest level, all in one batch."""
     start = Start(0, x_T.double(), torch.float64, {})
     moments = shift_moments(denoiser, [start], levels.double(), len(x_T), sigma_data)
-    a, b, rate = regress_shifted(moments, 2e-16, sigma_data)
+    a, b, rate = regress_shifted(moments, "float64", sigma_data)
     return built(levels, a, b, rate, sigma_data)
 
 
