@@ -1,7 +1,7 @@
-"""Print the oldest release of each required dependency of the installed package, but torch's: that is asked for."""
+"""Print the oldest release of each required dependency of the installed package, ``torch==2.6`` for ``torch>=2.6``."""
 
 from importlib.metadata import requires
 
 for requirement in requires("analytic-precond") or ():
-    if "extra ==" not in requirement and not requirement.startswith("torch"):
+    if "extra ==" not in requirement:
         print(requirement.replace(">=", "=="))

@@ -15,6 +15,7 @@ from .denoising import denoising_loss
 from .diagnostics import ConsistencyGap, GapMap, consistency_gap, gap_map
 from .diffusers_adapter import denoiser_from_diffusers
 from .distances import pseudo_huber, pseudo_huber_elementwise, squared_error
+from .edm import DenoiserScalings, EDMPreconditioning
 from .element_statistics import ElementStatistics
 from .ems import EMS, load_ems, save_ems
 from .estimation import estimate_statistics
@@ -50,7 +51,7 @@ from .per_element import PerElementPreconditioning
 from .per_mode import PerModePreconditioning
 from .per_sample_ode import heun_solve, heun_solve_between
 from .plotting import plot_preconditioning, plot_statistics
-from .preconditioning import CTMPreconditioning, DenoiserScalings, EDMPreconditioning, Preconditioning, Scalings
+from .preconditioning import CTMPreconditioning, Preconditioning, Scalings
 from .presets import PAPER_EXPERIMENTS, PRESETS, PaperExperiment, Preset, paper_experiment, preset
 from .sample_noise import draw_noise, per_sample_generators
 from .samplers import SamplingStep, sample_deterministic, sample_gamma, sample_multistep, sample_one_step

@@ -34,6 +34,13 @@ class FixedPrecisionModule(nn.Module):
                 return narrow or buffer.device
         return torch.get_default_device()
 
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Add a buffer, which autograd can use even where the module is made under ``torch.inference_mode``."""
+        if tensor is not None and tensor.is_inference():
+            with torch.inference_mode(False):
+                tensor = tensor.clone()
+        super().register_buffer(name, tensor, persistent)
+
     def narrowed(self) -> dict[str, Tensor]:
         """Return what a device without float64 computes with, on the CPU: the float64 buffers, rounded."""
         return {name: buffer.float() for name, buffer in self.named_buffers(recurse=False) if _is_wide(buffer)}

@@ -136,6 +136,8 @@ def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Te
 
 def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
     """The dtype that a network's parameters have, ``default`` for one without; autocast does its own casts."""
-    if not isinstance(network, nn.Module):
-        return default
-    return next((p.dtype for p in network.parameters() if p.is_floating_point()), default)
+    if isinstance(network, nn.Module):
+        for parameter in network.parameters():  # a loop, which older torch.compile can trace too
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return default

@@ -38,7 +38,7 @@ class NetworkDenoiser(nn.Module):
     Raises:
         TypeError: If ``network`` is not callable.
 
-    Example:
+    Examples:
         >>> from analytic_precond import EDMPreconditioning
         >>> denoiser = NetworkDenoiser(lambda x, c_noise: 0 * x, EDMPreconditioning(sigma_data=0.5))
         >>> denoiser(torch.tensor([[2.0]]), torch.tensor([0.5]))
@@ -151,7 +151,7 @@ def denoiser_from_network(
         TypeError: If ``network`` is not callable or ``schedule`` is not a `Schedule`.
         ValueError: If ``prediction`` is unknown.
 
-    Example:
+    Examples:
         >>> from analytic_precond.schedules import RectifiedFlowSchedule
         >>> flow = lambda x, time: x  # a velocity
         >>> denoiser = denoiser_from_network(flow, "velocity", RectifiedFlowSchedule())
@@ -178,7 +178,7 @@ def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkD
     Raises:
         TypeError: If ``network`` is not callable.
 
-    Example:
+    Examples:
         >>> denoiser = denoiser_from_edm(lambda x, sigma, class_labels=None: x / (1 + sigma.reshape(-1, 1) ** 2))
         >>> denoiser(torch.tensor([[5.0]]), torch.tensor([2.0]))
         tensor([[1.]])

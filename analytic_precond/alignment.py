@@ -79,7 +79,7 @@ def trajectory_alignment(
         TypeError: If an argument has the wrong type.
         ValueError: If a shape does not fit or a level is out of range.
 
-    Example:
+    Examples:
         >>> from analytic_precond.exact import GaussianDenoiser
         >>> teacher = GaussianDenoiser(1.0)  # x_s = x sqrt((1 + s^2) / (1 + t^2))
         >>> euler = lambda x, t, s: x + (s - t)[:, None] / t[:, None] * (x - teacher(x, t))

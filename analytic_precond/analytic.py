@@ -41,7 +41,7 @@ class AnalyticPreconditioning(Preconditioning):
         TypeError: If ``statistics`` is something else.
         ValueError: If an option is unknown, or the coefficients make a jump singular (the error names the level).
 
-    Example:
+    Examples:
         >>> levels, zero = torch.tensor([80.0, 1.0, 0.002]), torch.zeros(3)
         >>> precond = AnalyticPreconditioning.from_coefficients(levels, l=zero, s=zero)  # CTM's s/t, 1 - s/t
         >>> c_skip, c_out = precond(4.0, 1.0)

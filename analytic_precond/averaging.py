@@ -27,7 +27,7 @@ def exponential_moving_average(student: nn.Module, decay: float) -> AveragedMode
         TypeError: If ``student`` is not an `nn.Module`.
         ValueError: If ``decay`` is not in [0, 1].
 
-    Example:
+    Examples:
         >>> student = nn.Linear(1, 1)
         >>> average = exponential_moving_average(student, decay=0.75)
         >>> for value in (0.0, 1.0):

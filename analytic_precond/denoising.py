@@ -46,7 +46,7 @@ def denoising_loss(
         TypeError: If an argument has the wrong type.
         ValueError: If shapes do not fit or (on the CPU) the loss is not finite.
 
-    Example:
+    Examples:
         >>> from torch import ones
         >>> x_0 = ones(1, 2)
         >>> denoising_loss(lambda x, t: 0 * x, x_0, 0 * x_0, ones(1)).loss  # 1 / 1^2 + 1 / 0.5^2

@@ -74,7 +74,7 @@ def consistency_gap(
         TypeError: If an argument has the wrong type.
         ValueError: If a shape does not fit or a level is out of range.
 
-    Example:
+    Examples:
         >>> from analytic_precond.exact import GaussianDenoiser
         >>> from analytic_precond.preconditioning import CTMPreconditioning
         >>> teacher = GaussianDenoiser(1.0)  # D = x / (1 + t^2), x_s = x sqrt((1 + s^2) / (1 + t^2))
@@ -153,7 +153,7 @@ def gap_map(
         TypeError: If an argument has the wrong type.
         ValueError: If a shape does not fit, a level is out of range, or there are no preconditionings.
 
-    Example:
+    Examples:
         >>> from analytic_precond.exact import GaussianDenoiser
         >>> from analytic_precond.preconditioning import CTMPreconditioning
         >>> x_0, noise = torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [-1.0]])

@@ -44,7 +44,7 @@ def denoiser_from_diffusers(model: nn.Module, scheduler: Any, **condition: Any) 
         TypeError: If the scheduler is not one of the supported ones.
         ValueError: If its prediction type is not.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> import torch
         >>> class EDMEulerScheduler:  # diffusers has the real one

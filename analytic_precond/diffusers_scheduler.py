@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .preconditioning import input_scale
+from .edm import input_scale
 from .sampling_levels import Levels, is_cleanest, resolve_levels
 from .student import ConsistencyModel
 
@@ -52,7 +52,7 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
     Raises:
         ValueError: If the tables do not fit together.
 
-    Example:
+    Examples:
         >>> from analytic_precond import CTMPreconditioning, karras_noise_levels
         >>> student = ConsistencyModel(lambda x, c_noise: 0 * x, CTMPreconditioning())
         >>> scheduler = ConsistencyJumpScheduler.from_student(student, karras_noise_levels(40))
@@ -103,7 +103,8 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
             The scheduler.
 
         Raises:
-            TypeError: If ``student`` is not a `ConsistencyModel`.
+            TypeError: If ``student`` is not a `ConsistencyModel`, or its preconditioning has coefficients per mode or
+                element.
             ValueError: If a level is out of the student's range.
         """
         if not isinstance(student, ConsistencyModel):
@@ -228,7 +229,14 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
 
 def _jump_on_network(student: ConsistencyModel, t: float) -> tuple[float, float, float, float]:
     """Return the level that the raw network is told; on it, c_in, c_skip and c_out of the jump from t to sigma_min."""
-    c_skip, c_out = (float(c) for c in student.precond(t, student.sigma_min))
+    scalings = student.precond(t, student.sigma_min)
+    if scalings.c_out.ndim:
+        raise TypeError(
+            f"student.precond must have one pair of coefficients per level, which is what the scheduler holds, got "
+            f"{type(student.precond).__name__} with one per mode or element: sample with sample_multistep, or train "
+            f"with AnalyticPreconditioning or LeastSquaresPreconditioning."
+        )
+    c_skip, c_out = (float(c) for c in scalings)
     here = torch.tensor(t, dtype=torch.float64, device="cpu")
     q = student.precond.network_level(here, student.sigma_min).to(here)
     edm, scale = student.edm(q), float(input_scale(here, q, student.precond.sigma_data))

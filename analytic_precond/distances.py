@@ -36,7 +36,7 @@ def squared_error(x: Tensor, y: Tensor) -> Tensor:
         TypeError: If an argument is not a floating-point tensor.
         ValueError: If the shapes differ.
 
-    Example:
+    Examples:
         >>> squared_error(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
         tensor([5.])
     """
@@ -61,7 +61,7 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float | None = None) -> Tensor:
         TypeError: If an argument has the wrong type.
         ValueError: If the shapes differ or ``c`` is not positive.
 
-    Example:
+    Examples:
         >>> pseudo_huber(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), c=12.0)
         tensor([1.])
     """
@@ -86,7 +86,7 @@ def pseudo_huber_elementwise(x: Tensor, y: Tensor, c: float | None = None) -> Te
         TypeError: If an argument has the wrong type.
         ValueError: If the shapes differ or ``c`` is not positive.
 
-    Example:
+    Examples:
         >>> pseudo_huber_elementwise(torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2), c=4.0)
         tensor([0.5000])
     """

@@ -13,6 +13,10 @@ T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)  # with another process's slowest batch; gloo's own is 30 minutes
 
+# The group of the last call, while its threads may still be putting tensors away: up to torch 2.6 at least, a group
+# that is dropped then waits for them, with the lock that they wait for.
+_finished: list[dist.ProcessGroup] = []
+
 
 class Processes:
     """This process and the others of its group.
@@ -29,6 +33,7 @@ class Processes:
         self.rank, self.size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         self._group = group
         self._in_step = True
+        self._stopped = False
 
     def exchange(self, value: T) -> list[T]:
         """Return the value of each process, in order.
@@ -41,7 +46,7 @@ class Processes:
             f"process {rank} of {self.size} stopped with {error}" for rank, (error, _) in enumerate(words) if error
         ]
         if failed:
-            self._in_step = False
+            self._in_step, self._stopped = False, True
             raise RuntimeError("; ".join(failed))
         return [value for _, value in words]
 
@@ -59,11 +64,13 @@ class Processes:
             dist.gather_object(value, values, dst=0, group=self._group)
         return values or []
 
-    def leave(self, error: Exception) -> None:
-        """Tell the others why this process stops, unless they have stopped first."""
-        if self._in_step:
+    def leave(self, error: BaseException) -> bool:
+        """Tell the others why this process stops, unless it is interrupted; return whether all know that it is over."""
+        if self._in_step and isinstance(error, Exception):
             with suppress(RuntimeError):
                 self._all_gather((f"{type(error).__name__}: {error}", None))
+                self._stopped = True
+        return self._stopped
 
     def _all_gather(self, word: tuple[str | None, Any]) -> list[tuple[str | None, Any]]:
         if self._group is None:
@@ -99,11 +106,13 @@ def processes() -> Iterator[Processes]:
         yield Processes(None)
         return
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    together = Processes(group)
+    together, all_know = Processes(group), True
     try:
         yield together
-    except Exception as error:
-        together.leave(error)
+    except BaseException as error:
+        all_know = together.leave(error)
         raise
     finally:
         dist.destroy_process_group(group)
+        if all_know:  # the others learn of an interruption by the end of the connection
+            _finished[:] = [group]

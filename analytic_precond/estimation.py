@@ -57,7 +57,7 @@ def estimate_statistics(
 
     The others differentiate the teacher: l by ``"hutchinson"`` probes $v^T (\partial D/\partial x) v$ (one JVP each,
     or a VJP where a layer has no forward mode) or from the ``"exact"`` diagonal (d of them); s by ``"jvp"`` or by
-    ``"finite-difference"`` along the ODE (two more forward passes). docs/method.md, section 5, compares them.
+    ``"finite-difference"`` along the ODE (two more forward passes); docs/method.md, section 5, compares them.
 
     Args:
         denoiser: The teacher, in eval mode: called as ``denoiser(x, t, **condition)`` with ``x`` of shape ``(B, ...)``
@@ -98,7 +98,7 @@ def estimate_statistics(
         OSError: If ``resume`` cannot be written: before the teacher is asked, or with the previous file intact.
         RuntimeError: If another process of the group has failed; the error says with what.
 
-    Example:
+    Examples:
         >>> from analytic_precond import GaussianDenoiser, estimate_statistics
         >>> data = 0.5 * torch.randn(1024, 8, generator=torch.Generator().manual_seed(0))
         >>> levels = torch.tensor([2.0, 1.0, 0.5])

@@ -31,7 +31,7 @@ class GaussianDenoiser(FixedPrecisionModule):
         TypeError: If an argument is an integer tensor.
         ValueError: If a variance is negative or an argument is not finite.
 
-    Example:
+    Examples:
         >>> teacher = GaussianDenoiser(torch.tensor([4.0, 0.0]), mean=1.0)
         >>> teacher(torch.tensor([[3.0, 3.0]]), torch.tensor([2.0]))
         tensor([[2., 1.]])
@@ -70,7 +70,7 @@ class GaussianMixtureDenoiser(FixedPrecisionModule):
         TypeError: If an argument is an integer tensor.
         ValueError: If shapes do not fit, a variance or weight is negative, or an argument is not finite.
 
-    Example:
+    Examples:
         >>> teacher = GaussianMixtureDenoiser(torch.tensor([[-1.0], [1.0]]), 0.0)
         >>> teacher(torch.tensor([[0.5]]), torch.tensor([1.0])).item()  # tanh(x / t^2)
         0.46211716
@@ -136,7 +136,7 @@ class EmpiricalDenoiser(FixedPrecisionModule):
         TypeError: If ``data`` is not a floating-point tensor.
         ValueError: If ``data`` is empty or not finite.
 
-    Example:
+    Examples:
         >>> teacher = EmpiricalDenoiser(torch.tensor([[0.0], [1.0]]))
         >>> teacher(torch.tensor([[0.9], [0.5]]), torch.tensor([0.002, 0.002]))
         tensor([[1.0000], [0.5000]])

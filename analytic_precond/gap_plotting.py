@@ -33,7 +33,7 @@ def plot_gap_map(gaps: GapMap) -> Figure:
         ImportError: If matplotlib is missing.
         TypeError: If ``gaps`` is something else.
 
-    Example:
+    Examples:
         >>> import torch
         >>> rms = torch.tensor([[[torch.nan, 0.25], [torch.nan, torch.nan]]])
         >>> figure = plot_gap_map(GapMap(("CTM",), torch.tensor([4.0, 1.0]), start=rms, target=rms / 2))

@@ -41,7 +41,7 @@ def guide(
         TypeError: If a denoiser is not callable or ``scale`` is not a number.
         ValueError: If ``formula`` is unknown.
 
-    Example:
+    Examples:
         >>> c, u = (lambda x, t: x), (lambda x, t: 0 * x)
         >>> x, t = torch.ones(1, 2), torch.ones(1)
         >>> guide(c, u, 3.0)(x, t), guide(c, u, 3.0, formula="from_conditional")(x, t)

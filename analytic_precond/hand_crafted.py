@@ -36,7 +36,7 @@ class CMPreconditioning(Preconditioning):
     Raises:
         ValueError: If a number is out of its range.
 
-    Example:
+    Examples:
         >>> CMPreconditioning(sigma_min=0.25).on_network(torch.tensor([0.75, 0.25]))
         Scalings(c_skip=tensor([0.5000, 1.0000]), c_out=tensor([0.2774, 0.0000]))
     """
@@ -131,7 +131,7 @@ class BCMPreconditioning(_OwnNetwork):
     Raises:
         ValueError: If a number is out of its range.
 
-    Example:
+    Examples:
         >>> BCMPreconditioning(sigma_min=0.0).on_network(torch.tensor(1.0), torch.tensor(0.5))  # 0.75 / 1.25
         Scalings(c_skip=tensor(0.6000), c_out=tensor(0.2236))
     """
@@ -161,7 +161,7 @@ class TrigFlowPreconditioning(_OwnNetwork):
     Args:
         sigma_data: Standard deviation of the data.
 
-    Example:
+    Examples:
         >>> TrigFlowPreconditioning().on_network(torch.tensor(1.0), torch.tensor(0.5))
         Scalings(c_skip=tensor(0.6000), c_out=tensor(-0.2236))
     """
@@ -189,7 +189,7 @@ class FlowMapPreconditioning(_OwnNetwork):
     $1 - s/t$. No shift and no $\sigma_{data}$: s = 0 is allowed. Pure noise, $\tau = 1$, is an infinite noise level:
     start below it (t = 80 is $\tau$ = 0.988).
 
-    Example:
+    Examples:
         >>> FlowMapPreconditioning().on_network(torch.tensor(3.0), torch.tensor(1.0))  # z: 1, -(3/4 - 1/2)
         Scalings(c_skip=tensor(0.5000), c_out=tensor(-0.5000))
     """
@@ -215,7 +215,7 @@ class LCMPreconditioning:
         sigma_data: Standard deviation of the data.
         timestep_scaling: The factor $\kappa$.
 
-    Example:
+    Examples:
         >>> LCMPreconditioning()(torch.tensor([0, 1, 999]))
         Scalings(c_skip=tensor([1.0000e+00, 2.4938e-03, 2.5050e-09]), c_out=tensor([0.0000, 0.9988, 1.0000]))
     """

@@ -43,7 +43,7 @@ def initialize_from_teacher(network: nn.Module, teacher: nn.Module, zero: Iterab
     Raises:
         ValueError: If nothing matches, a name in ``zero`` is unknown, or one is also the teacher's; nothing is changed.
 
-    Example:
+    Examples:
         >>> student = nn.ModuleDict({"body": nn.Linear(2, 2), "embed_s": nn.Linear(1, 2)})
         >>> teacher = nn.ModuleDict({"body": nn.Linear(2, 2)})
         >>> report = initialize_from_teacher(student, teacher, zero=["embed_s"])

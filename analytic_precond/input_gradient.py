@@ -23,7 +23,7 @@ def through_input_only(function: Callable[[Tensor], Tensor], x: Tensor) -> Tenso
     Returns:
         The function's value. Its gradient with respect to ``x`` can be taken, but not differentiated again.
 
-    Example:
+    Examples:
         >>> layer, x = torch.nn.Linear(1, 1), torch.ones(1, requires_grad=True)
         >>> through_input_only(layer, x).backward()
         >>> torch.equal(x.grad, layer.weight[0]), layer.weight.grad

@@ -77,7 +77,7 @@ def sample_jump_times(
         ValueError: If a number is out of its range, a name unknown or the levels do not decrease (off the CPU their
             values are not looked at).
 
-    Example:
+    Examples:
         >>> levels = torch.tensor([80.0, 10.0, 1.0, 0.002])
         >>> times = sample_jump_times(5, levels, end="smallest")
         >>> times.s
@@ -120,7 +120,7 @@ def sample_adjacent_times(batch: int, levels: Tensor, generator: torch.Generator
         TypeError: If an argument has the wrong type.
         ValueError: If ``batch`` is below 1 or the levels do not decrease.
 
-    Example:
+    Examples:
         >>> sample_adjacent_times(3, torch.tensor([2.0, 1.0])).u
         tensor([1., 1., 1.])
     """
@@ -163,13 +163,13 @@ def sample_continuous_times(
         dtype: ``torch.float32`` or ``torch.float64``; in float64 the whole training step would become float64.
 
     Returns:
-        The times, without indices or grid: ``sigma_max >= t > u >= s >= sigma_min`` as ``dtype`` rounds the ends.
+        The times, without indices or grid, ``sigma_max >= t > u >= s >= sigma_min`` as ``dtype`` rounds the ends.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If a number is out of its range or a name unknown.
 
-    Example:
+    Examples:
         >>> times = sample_continuous_times(5, sigma_max=4.0)
         >>> bool((4 >= times.t).all() and (times.t > times.u).all() and (times.u >= times.s).all())
         True
@@ -220,7 +220,7 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
         ValueError: If a number is out of its range, a level not positive (off the CPU this is not looked at), or the
             stage so late that r would round to t.
 
-    Example:
+    Examples:
         >>> ect_target_times(torch.tensor([1.0, 80.0]))  # at stage 0, r = 0 up to ln 7
         tensor([ 0., 40.])
     """

@@ -42,7 +42,7 @@ class LeastSquaresPreconditioning(FittedPreconditioning):
         sigma_data: Standard deviation of the data, for `on_network`.
         standard_errors: Standard errors of c_skip and c_out for all pairs of levels, t first. Shapes ``(K, K)``.
 
-    Example:
+    Examples:
         >>> from analytic_precond.exact import GaussianDenoiser
         >>> data = 0.5 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
         >>> precond = LeastSquaresPreconditioning.fit(GaussianDenoiser(0.25), data, num_trajectories=64, progress=False)

@@ -29,7 +29,7 @@ def adaptive_balance(reference: Tensor, other: Tensor, parameter: Tensor) -> Ten
         TypeError: If a loss is no tensor.
         ValueError: If a loss is not a scalar or does not depend on the parameter.
 
-    Example:
+    Examples:
         >>> phi = torch.ones(2, requires_grad=True)
         >>> round(adaptive_balance(6 * phi.sum(), 2 * phi.sum(), phi).item(), 3)
         3.0

@@ -72,7 +72,7 @@ def consistency_distillation_loss(
         TypeError: If an argument has the wrong type.
         ValueError: If shapes do not fit, times are not $t \ge u \ge s$, or (on the CPU) the loss is not finite.
 
-    Example:
+    Examples:
         >>> from analytic_precond import CTMPreconditioning, ConsistencyModel
         >>> student = ConsistencyModel(lambda x, c_noise: 0 * x, CTMPreconditioning())
         >>> levels = torch.tensor([2.0, 1.0, 0.002])
@@ -147,7 +147,7 @@ def trajectory_distillation_loss(
         TypeError: If an argument has the wrong type.
         ValueError: If shapes do not fit, times are not $t \ge u \ge s$, or (on the CPU) the loss is not finite.
 
-    Example:
+    Examples:
         >>> from analytic_precond import CTMPreconditioning, ConsistencyTrajectoryModel
         >>> student = ConsistencyTrajectoryModel(lambda x, c_t, c_s: 0 * x, CTMPreconditioning())
         >>> times = JumpTimes(*torch.tensor([[2.0], [1.0], [0.002]]))
@@ -236,7 +236,7 @@ def _check(
         raise TypeError(
             f"times must be JumpTimes, got {type(times).__name__}: take sample_jump_times, or JumpTimes(t, u, s)."
         )
-    t, u, s = times[:3]
+    t, u, s = times.t, times.u, times.s
     for name, level in (("t", t), ("u", u), ("s", s)):
         check_tensor(level, f"times.{name}")
         if level.shape != x_0.shape[:1]:

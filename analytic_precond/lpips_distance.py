@@ -40,7 +40,7 @@ class ResizeRule:
         TypeError: If a size is not an int.
         ValueError: If a size is below 1.
 
-    Example:
+    Examples:
         >>> ResizeRule()(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 3, 224, 224])
     """
@@ -93,7 +93,7 @@ class LPIPSDistance(nn.Module):
         FileNotFoundError: If there is no file at a path.
         RuntimeError: If weights could not be downloaded.
 
-    Example:
+    Examples:
         >>> distance = LPIPSDistance("alex", backbone="alexnet-owt-7be5be79.pth")  # doctest: +SKIP
         >>> images = torch.zeros(2, 3, 32, 32)  # doctest: +SKIP
         >>> distance(images, images)  # doctest: +SKIP
@@ -130,7 +130,7 @@ class LPIPSDistance(nn.Module):
             y: Images to compare them with. Shape of ``x``.
 
         Returns:
-            One distance per sample, in the network's dtype: float32. Shape ``(B,)``.
+            One distance per sample, in the network's dtype, float32. Shape ``(B,)``.
 
         Raises:
             TypeError: If an argument is not a floating-point tensor.

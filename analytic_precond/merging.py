@@ -25,7 +25,7 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
         TypeError: If a part is not TeacherStatistics.
         ValueError: If there is nothing to merge or the parts do not fit together.
 
-    Example:
+    Examples:
         >>> from analytic_precond import GaussianDenoiser, estimate_statistics
         >>> data = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
         >>> run = lambda seed: estimate_statistics(

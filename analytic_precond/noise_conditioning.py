@@ -18,7 +18,7 @@ from ._checks import check_positive, check_tensor
 def edm_c_noise(t: Tensor) -> Tensor:
     r"""Return $\tfrac14 \ln t$ (EDM, Karras et al. 2022; also ECT and CIFAR-10 consistency models); $-\infty$ at 0.
 
-    Example:
+    Examples:
         >>> edm_c_noise(torch.tensor([1.0, 80.0]))
         tensor([0.0000, 1.0955])
     """
@@ -31,7 +31,7 @@ def cm_c_noise(t: Tensor) -> Tensor:
     The small number only matters at t = 0. In float32 it is denormal, 9.8e-45 (-25333 at 0, and $-\infty$ on a device
     that flushes denormals); in float64 it is exact (-25328 at 0).
 
-    Example:
+    Examples:
         >>> cm_c_noise(torch.tensor([1.0, 80.0]))
         tensor([   0.0000, 1095.5067])
     """
@@ -41,7 +41,7 @@ def cm_c_noise(t: Tensor) -> Tensor:
 def raw_c_noise(t: Tensor) -> Tensor:
     """Return t itself, for networks that take sigma and embed it themselves (k-diffusion's image models).
 
-    Example:
+    Examples:
         >>> raw_c_noise(torch.tensor([1.0, 80.0]))
         tensor([ 1., 80.])
     """
@@ -53,7 +53,7 @@ def trigflow_c_noise(t: Tensor, sigma_data: float = 0.5) -> Tensor:
 
     For another ``sigma_data`` where one argument is expected: ``functools.partial(trigflow_c_noise, sigma_data=1.0)``.
 
-    Example:
+    Examples:
         >>> trigflow_c_noise(torch.tensor([0.0, 0.5]))
         tensor([0.0000, 0.7854])
     """

@@ -47,7 +47,7 @@ def sample_lognormal_noise_levels(
         TypeError: If an argument has the wrong type.
         ValueError: If a number is out of its range.
 
-    Example:
+    Examples:
         >>> t = sample_lognormal_noise_levels(10_000, generator=torch.Generator().manual_seed(0))
         >>> round(t.log().mean().item(), 1), round(t.log().std().item(), 1)
         (-1.2, 1.2)
@@ -96,7 +96,7 @@ def sample_karras_noise_levels(
         TypeError: If an argument has the wrong type.
         ValueError: If a number is out of its range.
 
-    Example:
+    Examples:
         >>> t = sample_karras_noise_levels(10_000, 1.0, 9.0, rho=2.0, generator=torch.Generator().manual_seed(0))
         >>> round(t.sqrt().mean().item(), 1)  # uniform on (1, 3)
         2.0

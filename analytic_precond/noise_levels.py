@@ -34,7 +34,7 @@ def karras_noise_levels(num: int, sigma_min: float = 0.002, sigma_max: float = 8
         TypeError: If an argument is not a number.
         ValueError: If an argument is out of its range.
 
-    Example:
+    Examples:
         >>> karras_noise_levels(3, sigma_min=1.0, sigma_max=4.0, rho=2.0).tolist()
         [4.0, 2.25, 1.0]
     """
@@ -61,7 +61,7 @@ def log_noise_levels(num: int = 120, sigma_min: float = 0.002, sigma_max: float 
         TypeError: If an argument is not a number.
         ValueError: If an argument is out of its range.
 
-    Example:
+    Examples:
         >>> log_noise_levels(3, sigma_min=0.01, sigma_max=1.0).tolist()
         [1.0, 0.1, 0.01]
     """
@@ -85,7 +85,7 @@ def expand_to(t: Tensor, x: Tensor) -> Tensor:
         TypeError: If ``t`` is not a floating-point tensor.
         ValueError: If ``t`` does not hold one value per sample.
 
-    Example:
+    Examples:
         >>> expand_to(torch.ones(4), torch.zeros(4, 3, 8, 8)).shape
         torch.Size([4, 1, 1, 1])
     """

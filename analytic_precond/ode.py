@@ -10,7 +10,8 @@ differentiable: where no gradients are wanted, as in a distillation target, call
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def probability_flow_velocity(denoiser: Denoiser, x: Tensor, t: Tensor | float, 
         TypeError: If an argument has the wrong type.
         ValueError: If a shape does not fit or a level is not positive.
 
-    Example:
+    Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0
         >>> probability_flow_velocity(teacher, torch.tensor([[3.0]]), torch.tensor([2.0]))
         tensor([[1.5000]])
@@ -73,7 +74,7 @@ def euler_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | flo
         TypeError: If an argument has the wrong type.
         ValueError: If a shape does not fit or a level is out of range.
 
-    Example:
+    Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0
         >>> euler_step(teacher, torch.tensor([[3.0]]), 2.0, 0.5)
         tensor([[0.7500]])
@@ -106,7 +107,7 @@ def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | floa
         TypeError: If an argument has the wrong type.
         ValueError: If a shape does not fit or a level is out of range.
 
-    Example:
+    Examples:
         >>> from analytic_precond.exact import GaussianDenoiser
         >>> teacher = GaussianDenoiser(1.0)  # the flow is proportional to sqrt(1 + t^2)
         >>> x_s = heun_step(teacher, torch.tensor([[2.0]]), torch.tensor([1.0]), torch.tensor([0.9]))
@@ -152,7 +153,7 @@ def solve_ode(
         TypeError: If an argument has the wrong type.
         ValueError: If a shape does not fit, levels are not as described, or the method is unknown.
 
-    Example:
+    Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0: x / t stays what it is
         >>> solve_ode(teacher, torch.tensor([[4.0]]), torch.tensor([8.0, 2.0, 0.0]), trajectory=True).flatten()
         tensor([4., 1., 0.])
@@ -173,7 +174,8 @@ def solve_ode(
     return torch.stack(states) if trajectory else x
 
 
-class Velocity(NamedTuple):
+@dataclass  # not a named tuple or frozen, which older torch.compile cannot call
+class Velocity:
     """The velocity of a teacher's ODE as a function of x and t, the teacher called in its own dtype.
 
     Attributes:

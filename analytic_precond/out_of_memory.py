@@ -34,7 +34,7 @@ class Pieces:
     Args:
         batch_size: The most rows at a time, or ``"auto"``: 256, halved as often as necessary, for good.
 
-    Example:
+    Examples:
         >>> def work(piece: slice) -> str:
         ...     if piece.stop - piece.start > 100:
         ...         raise RuntimeError("out of memory")

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from . import splines
 from ._checks import check_choice, check_finite, check_levels, check_tensor
 from .analytic import euler_step_scalings, theta_of
-from .element_table import ElementTable
+from .element_table import ElementTable, element_name
 from .ode_arguments import per_sample
 from .preconditioning import Preconditioning, Scalings
 from .remainder import log_scale_spline
 from .splines import Array
 from .teacher_statistics import TeacherStatistics
+
+_NOISE = "noise of few samples, or of a teacher's half precision: take more samples, a teacher in float32, or"
+_ADVICE = {"element": f"{_NOISE} per='channel'.", "channel": f"{_NOISE} AnalyticPreconditioning."}
+_ADVICE_ON_TABLES = "check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
 
 
 class PerElementPreconditioning(Preconditioning):
@@ -43,7 +46,7 @@ class PerElementPreconditioning(Preconditioning):
         ValueError: If there are no statistics per element, an option is unknown, or the coefficients make a jump
             singular (the error names the level and the element).
 
-    Example:
+    Examples:
         >>> from analytic_precond import GaussianDenoiser, estimate_statistics
         >>> variances = torch.tensor([1.0, 0.04])
         >>> data = variances.sqrt() * torch.randn(256, 2, generator=torch.Generator().manual_seed(0))
@@ -79,10 +82,15 @@ class PerElementPreconditioning(Preconditioning):
             )
         if per == "channel":
             elements = elements.reduce(per)
-        levels = statistics.levels.numpy()
-        ln_S = log_scale_spline(levels, _rows(elements.g_rms), _rows(elements.s), elements.s_method)
-        shape = statistics.header.sample_shape
-        self._build(levels, _rows(elements.l), ln_S, elements.shape, shape, theta_of(discretization, theta), sigma_data)
+        theta = theta_of(discretization, theta)
+        levels, s_method = statistics.levels.numpy(), elements.s_method
+        l, g_rms, s = (_rows(v) for v in (elements.l, elements.g_rms, elements.s))
+
+        def ln_S(some: slice) -> Any:
+            return log_scale_spline(levels, g_rms[some], s[some], s_method)
+
+        table = ElementTable(levels, l, ln_S, elements.shape, _ADVICE[per])
+        self._build(table, statistics.header.sample_shape, theta, sigma_data, _ADVICE[per])
 
     @classmethod
     def from_coefficients(
@@ -110,7 +118,7 @@ class PerElementPreconditioning(Preconditioning):
 
         Raises:
             TypeError: If a table is not a floating-point tensor.
-            ValueError: If tables do not fit together or are not finite, or as for the constructor.
+            ValueError: If tables do not fit together, are empty or not finite, or as for the constructor.
         """
         check_levels(levels)
         for name, values in (("l", l), ("s", s)):
@@ -125,29 +133,34 @@ class PerElementPreconditioning(Preconditioning):
             l, s = torch.broadcast_tensors(l, s)
         except RuntimeError as error:
             raise ValueError(f"l and s must broadcast, got shapes {tuple(l.shape)} and {tuple(s.shape)}.") from error
+        if l.numel() == 0:
+            raise ValueError(f"l and s must hold coefficients of some elements, got shape {tuple(l.shape)}.")
+        theta = theta_of(discretization, theta)
         sigma = levels.detach().cpu().double().numpy()
         l_rows, s_rows = (_rows(v.detach().cpu().double()) for v in (l, s))
-        ln_S = splines.spline(sigma, s_rows).antiderivative()
+
+        def ln_S(some: slice) -> Any:
+            return splines.spline(sigma, s_rows[some]).antiderivative()
+
+        table = ElementTable(sigma, l_rows, ln_S, tuple(l.shape[1:]), _ADVICE_ON_TABLES)
+        sample_shape = tuple(None if size == 1 else size for size in table.shape)
         self = cls.__new__(cls)
-        shape = tuple(l.shape[1:])
-        self._build(sigma, l_rows, ln_S, shape, None, theta_of(discretization, theta), sigma_data)
+        self._build(table, sample_shape, theta, sigma_data, _ADVICE_ON_TABLES)
         return self
 
     def _build(
-        self,
-        levels: Array,
-        l: Array,
-        ln_S: Any,
-        shape: tuple[int, ...],
-        sample_shape: tuple[int, ...] | None,
-        theta: float,
-        sigma_data: float,
+        self, table: ElementTable, sample_shape: tuple[int | None, ...], theta: float, sigma_data: float, advice: str
     ) -> None:
         super().__init__(sigma_data)
-        self.shape, self.sample_shape = shape, sample_shape
-        self.integrals = ElementTable(levels, l, ln_S)
+        self.sample_shape = sample_shape  # None for any size
+        self.integrals = table
         self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64, device="cpu"))
-        self._check_denominator(levels)
+        self._check_denominator(advice)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The coefficients' shape at one pair of levels: a sample's, with 1 where all share a coefficient."""
+        return self.integrals.shape
 
     @property
     def sigma_max(self) -> float:
@@ -206,37 +219,37 @@ class PerElementPreconditioning(Preconditioning):
     def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
         """Return the coefficients in the widest dtype, after all checks. Shape ``(*levels, *shape)``."""
         c_skip, c_out = super()._wide(t, s, device)
-        return Scalings(*(c.movedim(0, -1).unflatten(-1, self.shape) for c in (c_skip, c_out)))
+        return Scalings(*(c.movedim(0, -1).reshape((*c.shape[1:], *self.shape)) for c in (c_skip, c_out)))
 
     def _check_sample(self, x_t: Tensor) -> None:
         check_tensor(x_t, "x_t")
-        sample = x_t.shape[1:]
-        if self.sample_shape is not None:
-            fits, expected = sample == self.sample_shape, self.sample_shape
-        else:
-            own = self.shape
-            fits = len(sample) == len(own) and all(n in (1, m) for n, m in zip(own, sample, strict=True))
-            expected = own
-        if not fits:
-            raise ValueError(
-                f"x_t must hold samples of shape {expected}, got x_t of shape {tuple(x_t.shape)}: coefficients belong "
-                f"to elements, estimate statistics of data of this shape."
+        if not self._fits(x_t.shape[1:]):
+            expected = ", ".join(["B", *("any" if size is None else str(size) for size in self.sample_shape)])
+            advice = (
+                "add a batch dimension, x_t[None]."
+                if self._fits(x_t.shape)
+                else "coefficients belong to elements, estimate statistics of data of this shape."
             )
+            raise ValueError(f"x_t must be of shape ({expected}), got {tuple(x_t.shape)}: {advice}")
 
-    def _check_denominator(self, levels: Array) -> None:
+    def _fits(self, shape: tuple[int, ...]) -> bool:
+        own = self.sample_shape
+        return len(own) == len(shape) and all(n in (None, m) for n, m in zip(own, shape, strict=True))
+
+    def _check_denominator(self, advice: str) -> None:
         """Refuse coefficients with a vanishing denominator; r grows with t, so the longest jumps tell."""
-        for s in torch.from_numpy(np.append(levels[:-1], self.sigma_min)):
+        for s in self.integrals.edges[0, 1:]:
             _, l_s, _, _, r = self.integrals(torch.full_like(s, self.sigma_max), s)
             denominator = 1 + self.theta * l_s * r
             if not bool((denominator > 0).all()):
                 worst = int(denominator.argmin())
                 raise ValueError(
                     f"l must keep the denominator 1 + theta l_s r positive, got {denominator[worst].item():.4g} in "
-                    f"element {worst} for the jump from {self.sigma_max:g} to {s.item():.6g}, where "
-                    f"l = {l_s[worst].item():.4g}: a negative l is noise, take more samples or per='channel'."
+                    f"{element_name(worst, self.shape)} for the jump from {self.sigma_max:g} to {s.item():.6g}, where "
+                    f"l = {l_s[worst].item():.4g}: {advice}"
                 )
 
 
 def _rows(values: Tensor) -> Array:
-    """Return tables of shape ``(K, *shape)`` as one row per element, ``(n, K)``."""
-    return np.ascontiguousarray(values.flatten(1).T.numpy())
+    """Return a view of tables of shape ``(K, *shape)`` with one row per element, ``(n, K)``."""
+    return values.reshape(len(values), -1).T.numpy()

@@ -49,7 +49,7 @@ class PerModePreconditioning(FittedPreconditioning):
         basis: The basis.
         groups: The group of each mode. int64, as many as a sample has elements.
 
-    Example:
+    Examples:
         >>> from analytic_precond.exact import GaussianDenoiser
         >>> variances = torch.tensor([[1.0, 0.25], [0.04, 0.0]])
         >>> data = variances.sqrt() * torch.randn(64, 2, 2, generator=torch.Generator().manual_seed(0))

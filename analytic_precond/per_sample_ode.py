@@ -7,6 +7,7 @@ batches that shrink. Compile such a teacher with ``dynamic=True``, or torch comp
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def heun_solve(
         ValueError: If a shape does not fit, levels are not as described, an index is not one of ``levels``, or a start
             is above its stop.
 
-    Example:
+    Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0: x / t stays what it is
         >>> x, levels = torch.tensor([[8.0], [4.0]]), torch.tensor([8.0, 4.0, 2.0, 1.0])
         >>> heun_solve(teacher, x, levels, start=torch.tensor([0, 1]), stop=torch.tensor([3, 2])).flatten()
@@ -128,7 +129,7 @@ def heun_solve_between(
         ValueError: If a shape does not fit, a level is out of range, ``u`` is above ``t``, or a number of steps is
             below 1.
 
-    Example:
+    Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0: x / t stays what it is
         >>> x, t, u = torch.tensor([[6.0], [3.0]]), torch.tensor([3.0, 1.5]), torch.tensor([1.0, 1.0])
         >>> heun_solve_between(teacher, x, t, u, num_steps=torch.tensor([3, 1])).flatten()
@@ -213,7 +214,7 @@ def _march(
         for take, part in ((heun, slice(0, num_heun)), (euler, slice(num_heun, num))):
             if part.start < part.stop:
                 here = {name: value[part] for name, value in followers.items()}
-                v = velocity._replace(condition={**velocity.condition, **here})
+                v = replace(velocity, condition={**velocity.condition, **here})
                 pieces.append(take(v, way[part], t[part], s[part]))
         way = torch.cat(pieces)
     return torch.cat([way, *reversed(arrived)])[rows.argsort()]

@@ -46,7 +46,7 @@ def plot_statistics(stats: TeacherStatistics | Mapping[str, TeacherStatistics], 
         TypeError: If ``stats`` holds anything but statistics.
         ValueError: If ``stats`` is empty or ``sigma_data`` is not positive.
 
-    Example:
+    Examples:
         >>> from analytic_precond import GaussianDenoiser, estimate_statistics
         >>> data = torch.randn(64, 2, generator=torch.Generator().manual_seed(0))
         >>> stats = estimate_statistics(GaussianDenoiser(1.0), data, num_samples=64, progress=False)
@@ -100,7 +100,7 @@ def plot_preconditioning(
         TypeError: If ``preconditionings`` holds anything else, or ``t`` is not made of numbers.
         ValueError: If there is nothing to draw, or levels ``t`` are out of range (the error lists which).
 
-    Example:
+    Examples:
         >>> from analytic_precond import CTMPreconditioning
         >>> c_skip, _, c_out, _ = plot_preconditioning({"CTM": CTMPreconditioning()}, t=5.0).axes
         >>> float(c_out.lines[0].get_ydata()[-1])  # 1 - 0.002 / 5
@@ -133,9 +133,10 @@ def _curves(precond: Preconditioning, t: float, s_min: float) -> tuple[Array, tu
     s = log_noise_levels(_POINTS, s_min, t).to(tensor.device, wide_dtype(tensor.device))
     s, c_skip, c_out = (v.detach().cpu().double().numpy() for v in (s, *precond(t, s)))
     if c_skip.shape != s.shape:
+        first = ", ".join([":"] + ["0"] * (c_skip.ndim - 1))
         raise TypeError(
             f"preconditionings must have one pair of coefficients per jump, got {type(precond).__name__} with one per "
-            f"mode: draw those of a mode yourself, from precond(t, s)."
+            f"mode or element: draw those of one yourself, e.g. precond(t, s).c_out[{first}] over levels s."
         )
     euler = (t - s) / t
     c_out_ratio = np.divide(c_out, euler, out=np.full_like(c_out, np.nan), where=euler > 0)

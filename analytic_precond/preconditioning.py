@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ._buffers import FixedPrecisionModule
 from ._checks import check_choice, check_positive, check_tensor, place, wide_dtype
+from .edm import EDMPreconditioning, input_scale
 from .noise_levels import expand_to
 
 ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
@@ -30,55 +31,6 @@ class Scalings(NamedTuple):
 
     c_skip: Tensor
     c_out: Tensor
-
-
-class DenoiserScalings(NamedTuple):
-    """Coefficients that make a denoiser of a raw network: ``D = c_skip x + c_out F(c_in x, c_noise)``.
-
-    Attributes:
-        c_skip: Multiplies the noisy data.
-        c_out: Multiplies the network's output.
-        c_in: Multiplies the noisy data on their way into the network.
-        c_noise: What the network is told of the noise level.
-    """
-
-    c_skip: Tensor
-    c_out: Tensor
-    c_in: Tensor
-    c_noise: Tensor
-
-
-def input_scale(t: Tensor, q: Tensor, sigma_data: float) -> Tensor:
-    r"""Return $\sqrt{(q^2 + \sigma_{data}^2) / (t^2 + \sigma_{data}^2)}$, which takes data of level t to q's scale."""
-    return ((q**2 + sigma_data**2) / (t**2 + sigma_data**2)).sqrt()
-
-
-class EDMPreconditioning:
-    r"""EDM's parameterisation of the denoiser itself (Karras et al. 2022, table 1), with $v = \sigma_{data}^2$.
-
-    $$c_{skip} = \frac{v}{t^2 + v}, \quad c_{out} = \frac{t\, \sigma_{data}}{\sqrt{t^2 + v}}, \quad
-      c_{in} = \frac{1}{\sqrt{t^2 + v}}, \quad c_{noise} = \tfrac14 \ln t$$
-
-    Args:
-        sigma_data: Standard deviation of the data, positive.
-
-    Example:
-        >>> EDMPreconditioning(sigma_data=0.5)(torch.tensor(0.5)).c_skip
-        tensor(0.5000)
-    """
-
-    def __init__(self, sigma_data: float = 0.5) -> None:
-        check_positive(sigma_data, "sigma_data")
-        self.sigma_data = float(sigma_data)
-
-    def __call__(self, t: Tensor) -> DenoiserScalings:
-        """Return the four coefficients at noise levels ``t``, in its shape and dtype (at least float32)."""
-        check_tensor(t, "t")
-        wide = t.to(wide_dtype(t.device))
-        total = wide**2 + self.sigma_data**2
-        c_in = total.rsqrt()
-        scalings = (self.sigma_data**2 / total, wide * self.sigma_data * c_in, c_in, wide.log() / 4)
-        return DenoiserScalings(*(c.to(torch.promote_types(t.dtype, torch.float32)) for c in scalings))
 
 
 class Preconditioning(FixedPrecisionModule):
@@ -137,8 +89,8 @@ class Preconditioning(FixedPrecisionModule):
             s: Noise levels to reach, at most ``t``.
 
         Returns:
-            The coefficients of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, as from calling the preconditioning: per
-            mode or element where they are.
+            The coefficients of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, per mode or element where those of the
+            denoiser are.
         """
         c_skip, c_out = self(t, s)
         t = place(t, c_out.device, c_out.dtype)
@@ -238,7 +190,7 @@ class Preconditioning(FixedPrecisionModule):
         c_skip, c_out = (expand_to(c, x_t) for c in self._wide(t, s, x_t.device))
         trivial = c_out == 0
         if x_t.device.type == "cpu" and not torch.compiler.is_compiling() and bool(trivial.any()):
-            index = int(trivial.flatten().nonzero()[0])
+            index = int(trivial.flatten().nonzero()[0]) // trivial.shape[1:].numel()  # the sample's
             raise ValueError(
                 f"t > s needed, got s = t at position {index}: a jump from a level to itself lands on x_t whatever the "
                 f"denoiser returns."
@@ -318,7 +270,7 @@ class CTMPreconditioning(Preconditioning):
     Raises:
         ValueError: If ``outer`` is unknown or a number is not positive.
 
-    Example:
+    Examples:
         >>> CTMPreconditioning()(torch.tensor(4.0), torch.tensor(1.0))
         Scalings(c_skip=tensor(0.2500), c_out=tensor(0.7500))
     """

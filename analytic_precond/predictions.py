@@ -28,7 +28,7 @@ class PredictionScalings:
         TypeError: If ``schedule`` is not a `Schedule`.
         ValueError: If ``prediction`` is unknown.
 
-    Example:
+    Examples:
         >>> from analytic_precond.schedules import EDMSchedule
         >>> c_skip, c_out, c_in, c_noise = PredictionScalings("epsilon", EDMSchedule())(torch.tensor(4.0))
         >>> c_skip.item(), c_out.item(), c_in.item(), c_noise.item()

@@ -50,7 +50,7 @@ class Preset:
         multistep_levels: Makes the grid that indices given to multistep samplers refer to; None without one.
         ln_t_normal: Mean and standard deviation of $\ln t$ in training; None where training levels are a grid.
 
-    Example:
+    Examples:
         >>> from analytic_precond import ConsistencyModel
         >>> cm = preset("openai_cm")
         >>> network = lambda x, c_noise: 0 * x

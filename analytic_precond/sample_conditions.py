@@ -23,7 +23,7 @@ def condition_rows(condition: Any, index: Tensor, num: int) -> Any:
     Returns:
         The condition of the rows.
 
-    Example:
+    Examples:
         >>> import torch
         >>> condition = {"label": torch.tensor([5, 7]), "prompt": ["a", "b"], "scale": 2.0}
         >>> condition_rows(condition, torch.tensor([0, 0, 1]), num=2)

@@ -39,7 +39,7 @@ def per_sample_generators(
         TypeError: If an argument has the wrong type.
         ValueError: If ``num`` is negative.
 
-    Example:
+    Examples:
         >>> parent = torch.Generator().manual_seed(0)
         >>> halves = [draw_noise((1, 4), per_sample_generators(1, parent)) for _ in range(2)]
         >>> whole = draw_noise((2, 4), per_sample_generators(2, parent.manual_seed(0)))
@@ -79,7 +79,7 @@ def draw_noise(
         TypeError: If an argument has the wrong type.
         ValueError: If ``shape`` is empty or there is not one generator per sample.
 
-    Example:
+    Examples:
         >>> generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
         >>> x = 80.0 * draw_noise((4, 3, 32, 32), generators)
         >>> torch.equal(x[3:], 80.0 * draw_noise((1, 3, 32, 32), [torch.Generator().manual_seed(3)]))

@@ -76,7 +76,7 @@ def sample_one_step(
         TypeError: If an argument has the wrong type.
         ValueError: If a level is out of its or the student's range.
 
-    Example:
+    Examples:
         >>> student = lambda x, t, s: (s / t)[:, None] * x  # exact for data that are all 0
         >>> sample_one_step(student, torch.tensor([[80.0]]), sigma_min=1.0)
         tensor([[1.]])
@@ -125,7 +125,7 @@ def sample_multistep(
         TypeError: If an argument has the wrong type.
         ValueError: If levels, generators or noise do not fit.
 
-    Example:
+    Examples:
         >>> student = lambda x, t, s: (s / t)[:, None] * x  # exact for data that are all 0
         >>> x = torch.tensor([[80.0]])
         >>> sample_multistep(student, x, [80.0, 5.0], sigma_min=3.0, noise=torch.ones(1, 1, 1))  # (3 + 4) 3/5
@@ -181,7 +181,7 @@ def sample_gamma(
         TypeError: If an argument has the wrong type.
         ValueError: If levels, gamma, generators or noise do not fit.
 
-    Example:
+    Examples:
         >>> student = lambda x, t, s: (s / t)[:, None] * x  # exact for data that are all 0
         >>> x = torch.tensor([[80.0]])
         >>> sample_gamma(student, x, [80.0, 5.0], 0.6, sigma_min=0.0, noise=torch.ones(1, 1, 1))  # 4 + 3
@@ -232,7 +232,7 @@ def sample_deterministic(
         TypeError: If an argument has the wrong type.
         ValueError: If levels do not fit.
 
-    Example:
+    Examples:
         >>> student = lambda x, t, s: (s / t)[:, None] * x  # exact for data that are all 0
         >>> sample_deterministic(student, torch.tensor([[80.0]]), [80.0, 5.0, 0.5])
         tensor([[0.5000]])

@@ -80,7 +80,7 @@ class EDMSchedule(Schedule):
 
     Times and noise levels run from 0 to infinity.
 
-    Example:
+    Examples:
         >>> EDMSchedule().time(torch.tensor([0.5, 80.0]))
         tensor([ 0.5000, 80.0000], dtype=torch.float64)
     """
@@ -119,7 +119,7 @@ class RectifiedFlowSchedule(Schedule):
     Raises:
         ValueError: If ``data_at`` is neither.
 
-    Example:
+    Examples:
         >>> RectifiedFlowSchedule().time(torch.tensor(4.0)), RectifiedFlowSchedule(data_at=1).time(torch.tensor(4.0))
         (tensor(0.8000, dtype=torch.float64), tensor(0.2000, dtype=torch.float64))
     """
@@ -169,7 +169,7 @@ class TrigFlowSchedule(Schedule):
         TypeError: If ``sigma_data`` is not a number.
         ValueError: If it is not positive.
 
-    Example:
+    Examples:
         >>> TrigFlowSchedule(sigma_data=0.5).time(torch.tensor(0.5)) * 4
         tensor(3.1416, dtype=torch.float64)
     """

@@ -15,7 +15,7 @@ class SharedDropout:
     start from the same state. Later blocks leave the generators as they found them: a training step advances them by
     one pass, however many passes share its masks. Not possible while a CUDA graph is captured.
 
-    Example:
+    Examples:
         >>> images, masks = torch.ones(1, 8), SharedDropout()
         >>> with masks:
         ...     first = torch.nn.functional.dropout(images)
@@ -49,7 +49,8 @@ class SharedDropout:
 
 
 def _states() -> list[Tensor]:
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [])]
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *on_gpus]
 
 
 def _restore(states: list[Tensor]) -> None:

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from .edm import input_scale
 from .moments import Array, reference
 from .noise_levels import expand_to
 from .ode import Velocity
 from .out_of_memory import BatchSize, Pieces
-from .preconditioning import input_scale
 from .teacher import Denoiser
 from .trajectories import PASSES_PER_STEP, Start, trajectory
 

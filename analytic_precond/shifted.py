@@ -50,7 +50,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
         sigma_data: Standard deviation of the data: the student's.
         shift: The table of $\ln(t / q) / \ln(t / s)$.
 
-    Example:
+    Examples:
         >>> from analytic_precond.exact import GaussianDenoiser
         >>> data = 0.5 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
         >>> precond = ShiftedPreconditioning.fit(GaussianDenoiser(0.25), data, num_trajectories=64, progress=False)

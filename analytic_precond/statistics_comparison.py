@@ -81,7 +81,7 @@ def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> S
         ValueError: If levels differ, there are too few samples for standard errors, or no jumps follow from the
             statistics.
 
-    Example:
+    Examples:
         >>> from analytic_precond import GaussianDenoiser, estimate_statistics
         >>> data = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
         >>> levels = torch.tensor([4.0, 2.0, 1.0])

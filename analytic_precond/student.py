@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import check_noise_level, check_positive, network_dtype, place
+from .edm import EDMPreconditioning
 from .noise_levels import expand_to
-from .preconditioning import ROUNDING, EDMPreconditioning, Preconditioning
+from .preconditioning import ROUNDING, Preconditioning
 
 NoiseConditioning = Callable[[Tensor], Tensor]
 
@@ -67,7 +68,7 @@ class Student(nn.Module):
         wide = torch.promote_types(x.dtype, torch.float32)
         per_sample = [self._per_sample(level, x, wide) for level in levels]
         edm = self.edm(per_sample[0])
-        c_skip, c_out, c_in = (expand_to(c, x).to(wide) for c in edm[:3])
+        c_skip, c_out, c_in = (expand_to(c, x).to(wide) for c in (edm.c_skip, edm.c_out, edm.c_in))
         if self.noise_conditioning is not None:
             c_noise = [self.noise_conditioning(t) for t in per_sample]
         else:
@@ -107,7 +108,7 @@ class ConsistencyTrajectoryModel(Student):
         TypeError: If an argument has the wrong type.
         ValueError: If ``sigma_data`` is not positive.
 
-    Example:
+    Examples:
         >>> from analytic_precond import CTMPreconditioning
         >>> student = ConsistencyTrajectoryModel(lambda x, c_t, c_s: 0 * x, CTMPreconditioning())
         >>> student(torch.ones(1, 2), torch.tensor([0.5]), torch.tensor([0.25]))  # s/t x + (1 - s/t) x / 2
@@ -155,7 +156,7 @@ class ConsistencyModel(Student):
         TypeError: If an argument has the wrong type.
         ValueError: If a number is out of range.
 
-    Example:
+    Examples:
         >>> from analytic_precond import CTMPreconditioning
         >>> model = ConsistencyModel(lambda x, c_t: 0 * x, CTMPreconditioning(), sigma_min=0.125)
         >>> model(torch.ones(1, 2), torch.tensor([0.5]))  # s/t x + (1 - s/t) x / 2

@@ -78,7 +78,7 @@ def check_teacher(
         ValueError: If an argument is out of range, or as for `estimate_statistics`.
         RuntimeError: As the teacher raised it, out of memory for one.
 
-    Example:
+    Examples:
         >>> from analytic_precond.exact import GaussianDenoiser
         >>> data = 0.5 * torch.randn(1024, 8, generator=torch.Generator().manual_seed(0))
         >>> check_teacher(GaussianDenoiser(0.25), data, progress=False).verdict

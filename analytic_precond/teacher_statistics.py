@@ -120,10 +120,15 @@ class TeacherStatistics:
             raise ValueError(f"counts must be positive whole numbers, got {self.counts[~whole].tolist()}.")
         if not bool((self.sums[..., 1] > 0).all()):
             raise ValueError("probe norms must be positive: these sums hold no samples.")
-        if self.element_means is not None and not bool(
-            (self.element_means.abs() < _LARGEST_ELEMENT).all() & (self.element_means[2] > 0).all()
-        ):
-            raise ValueError("element_means must hold means of squares of noise, got some that are not positive.")
+        if self.element_means is not None:
+            largest = self.element_means.abs().max().item()
+            if largest >= _LARGEST_ELEMENT:
+                raise ValueError(
+                    f"element_means must be below {_LARGEST_ELEMENT:g}, got up to {largest:.3g}: the teacher's values "
+                    f"are too large, check its weights and scale."
+                )
+            if not bool((self.element_means[2] > 0).all()):
+                raise ValueError("element_means must hold means of squares of noise, got some that are not positive.")
 
     def __repr__(self) -> str:
         """Say what they are statistics of, not all their numbers."""

@@ -57,7 +57,7 @@ class VPLinearSchedule(_VariancePreserving):
         TypeError: If an argument is not a number.
         ValueError: If a beta is not positive or ``beta_max`` is the smaller.
 
-    Example:
+    Examples:
         >>> schedule = VPLinearSchedule()
         >>> schedule.time(schedule.noise_level(torch.tensor(0.25)))
         tensor(0.2500, dtype=torch.float64)
@@ -105,7 +105,7 @@ class VPCosineSchedule(_VariancePreserving):
     Raises:
         ValueError: If ``offset`` is out of range.
 
-    Example:
+    Examples:
         >>> VPCosineSchedule(offset=0.0).time(torch.tensor(1.0))  # cos = sin
         tensor(0.5000, dtype=torch.float64)
     """
@@ -161,7 +161,7 @@ class VPDiscreteSchedule(_VariancePreserving):
         TypeError: If ``alphas_cumprod`` is not a floating-point tensor.
         ValueError: If it is not as described.
 
-    Example:
+    Examples:
         >>> schedule = VPDiscreteSchedule(torch.tensor([0.9, 0.5, 0.1]))
         >>> schedule.time(torch.tensor([1 / 3, 1.0, 3.0, 3.0**0.5]))
         tensor([0.0000, 1.0000, 2.0000, 1.5000], dtype=torch.float64)

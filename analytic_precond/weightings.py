@@ -22,7 +22,7 @@ CM is openai/consistency_models, CTM sony/ctm, EDM NVlabs/edm, ECT locuslab/ect,
 crowsonkb/k-diffusion; the last weighs the raw network's error, so its weights are divided by $c_{out}^2$ here. iCT is
 Song and Dhariwal 2023.
 
-Example:
+Examples:
     >>> t, u, s = torch.tensor([[0.5], [0.25], [0.002]])
     >>> WEIGHTINGS["karras"](t, u, s, 0.5), WEIGHTINGS["inverse-step"](t, u, s, 0.5)
     (tensor([8.]), tensor([4.]))

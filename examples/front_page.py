@@ -85,7 +85,7 @@ def main() -> None:
 
     for value, stderr, name, style in (
         (stats.l, stats.l_stderr, "$l_t$", "-"),
-        (stats.g_rms, stats.g_rms_stderr, "$S_t$", "--"),
+        (stats.g_rms, stats.g_rms_stderr, "$S$", "--"),
     ):
         [line] = measured.plot(stats.levels, value, style, color="#D55E00", linewidth=2, label=name)
         low, high = value - 1.96 * stderr, value + 1.96 * stderr

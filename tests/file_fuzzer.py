@@ -356,8 +356,11 @@ def main() -> None:
     path = Path(tempfile.mkdtemp()) / "hostile.safetensors"
     sys.stdout.write(f"the file at work is {path}\n")
     if arguments.random:
+        from archive_fuzzer import fuzz_archives_at_random  # which takes damage_bytes from here
+
         usable = fuzz_at_random(arguments.runs, arguments.seed, path)
-        sys.stdout.write(f"{arguments.runs} damaged files: {usable} were usable, all others refused\n")
+        usable += fuzz_archives_at_random(arguments.runs, arguments.seed, path.with_name("l.npz"))
+        sys.stdout.write(f"{2 * arguments.runs} damaged files: {usable} were usable, all others refused\n")
     else:
         fuzz_guided(arguments.runs, arguments.seed, path)
 

@@ -72,6 +72,8 @@ def test_the_smoke_benchmark_survives_a_kill_and_reports(tmp_path: Path) -> None
         untrained.setdefault((content["problem"], content["method"]), set()).add(content["history"][0]["ode/1"])
     assert all(len(values) == 1 for values in untrained.values())  # whatever the seed, a student starts as its teacher
     assert "### Speed-up over CTM, Euler" in (docs / "evidence" / "smoke_tables.md").read_text()
+    long_run = results / "digits" / "runs" / "ctm-euler_seed0_lr0.002_9.safetensors"
+    assert (long_run.exists(), long_run.with_stem("ctm-euler_seed0_lr0.002_3").exists()) == (True, True)
     names = {path.name for path in (docs / "images" / "evidence").iterdir()}
     assert {
         "smoke_speedups.png",
@@ -79,6 +81,12 @@ def test_the_smoke_benchmark_survives_a_kill_and_reports(tmp_path: Path) -> None
         "smoke_digits_gaps.png",
         "smoke_digits_samples.png",
     } <= names
+
+    tables = docs / "evidence" / "smoke_tables.md"
+    text = tables.read_text()
+    tables.unlink()
+    finish(start("report.py", "--size", "smoke", "--output", str(tmp_path / "none"), "--docs", str(docs)))
+    assert tables.read_text() == text  # from the stored numbers
 
 
 def history(*values: float) -> list[dict[str, float]]:
@@ -106,7 +114,29 @@ def test_speedup_of_a_curve_that_runs_ahead(load: object) -> None:
     measured = speedups.speedup(results, config, "digits", "cm", "m")
     assert measured.ratios == (4.0, 4.0)
     assert (measured.mean, measured.bound) == (pytest.approx(4.0), "")
-    assert speedups.Speedup((1.0, 4.0), "").bootstrap() == pytest.approx((1.0, 4.0))  # two seeds: their range
+    assert speedups.Speedup((1.0, 4.0), ("", "")).bootstrap() == pytest.approx((1.0, 4.0))  # two seeds: their range
+
+
+def test_a_speedup_is_a_bound_if_one_seed_is(load: object) -> None:
+    speedups, words = load("speedups"), load("page_tables").words
+    assert speedups.Speedup((2.0, 3.0), ("", "before")).bound == ">"
+    assert speedups.Speedup((2.0, 3.0), ("", "never")).bound == "<"
+    assert words(speedups.Speedup((2.0, 8.0), ("", ""))) == "4.0 [2.0, 8.0]"
+    assert words(speedups.Speedup((1.5, 1.5, 1.0), ("", "", "never"))) == "2 of 3 seeds"
+    assert words(speedups.Speedup((1.0, 1.0), ("never", "never"))) == "never"
+    assert words(speedups.Speedup((3.57, 3.57), ("", "before"))) == "at least 3.5 [3.6, 3.6]"  # not rounded up
+
+
+def test_the_pages_tables_are_those_of_the_stored_numbers(load: object) -> None:
+    report, pages = load("report"), load("page_tables")
+    evidence = (pages.ROOT / "docs" / "evidence.md").read_text()
+    for table in pages.all_tables():
+        assert table in evidence, table.splitlines()[0]
+
+    config = load("configurations").CPU
+    results, teachers, made = report.load_stored(pages.STORED)
+    described = {problem.name: teachers[problem.name] for problem in config.problems}
+    assert report.page(results, config, described, made) == pages.STORED.with_name("cpu_tables.md").read_text()
 
 
 def test_frechet_distance_of_diagonal_normals(load: object) -> None:

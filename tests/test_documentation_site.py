@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import html
 import importlib.util
 import io
+import json
 import math
 import os
 import re
@@ -217,10 +220,35 @@ def test_pages_are_whole(site: Path) -> None:
     assert {f"analytic_precond.{name}" for name in ap.__all__} <= anchors
 
 
+def test_examples_of_docstrings_are_code(site: Path) -> None:
+    pages = [path.read_text() for path in (site / "api").glob("*.html")]
+    assert not any("<blockquote>" in page for page in pages)  # what becomes of >>> outside a section of examples
+    assert not any(re.search(r"<code>[^<]*``", page) for page in pages)  # a colon made a type of a description
+    prompts = sum(page.count('<span class="gp">&gt;&gt;&gt;') for page in pages)
+    assert prompts > 100
+
+
 def test_names_and_sections_become_links(site: Path) -> None:
     page = Page(site / "api/statistics.html")
     assert "noise-levels.html#analytic_precond.log_noise_levels" in page.links
     assert "../method.html#5-estimators" in page.links
+
+
+def test_notebook_is_a_page_with_its_stored_outputs(site: Path) -> None:
+    notebook = json.loads((ROOT / "examples" / "coefficient_curves.ipynb").read_text())
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    page = site / "repository" / "examples" / "coefficient_curves.ipynb.html"
+    source = page.read_text()
+    drawn = [base64.b64decode(output["data"]["image/png"]) for output in outputs if "data" in output]
+    assert len(drawn) > 5
+    images = [page.parent / name for name in re.findall(r'<img [^>]*src="(coefficient_curves[^"]+)"', source)]
+    assert [image.read_bytes() for image in images] == drawn
+    text = html.unescape(re.sub(r"<[^>]*>", "", source))
+    printed = ["".join(output["text"]) for output in outputs if "text" in output]
+    code = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert printed
+    assert [part for part in printed + code if part.rstrip() not in text] == []
+    assert "repository/examples/coefficient_curves.ipynb.html" in Page(site / "index.html").links
 
 
 def chromium() -> str | None:
@@ -305,3 +333,25 @@ def test_formulas_become_mathml_or_an_error() -> None:
     for wrong in (r"x^", r"\nosuchcommand x"):
         with pytest.raises(PluginError, match=r"page\.md"):
             convert(rf'<span class="arithmatex">\({wrong}\)</span>', page=page)
+
+
+def test_notebooks_show_no_output_that_would_be_lost(tmp_path: Path) -> None:
+    from mkdocs.exceptions import PluginError
+
+    def page_of(*outputs: dict[str, Any]) -> str:
+        cells = [
+            {"cell_type": "markdown", "source": ["# Title\n", "text"]},
+            {"cell_type": "code", "id": "name", "source": "1 + 1", "outputs": outputs},
+        ]
+        (tmp_path / "some.ipynb").write_text(json.dumps({"cells": cells}))
+        text, pictures = hook("notebooks").page_of(tmp_path / "some.ipynb")
+        assert pictures == {}
+        return str(text)
+
+    result = {"output_type": "execute_result", "data": {"text/plain": ["2"], "text/html": "<b>2</b>"}}
+    fence = "`````"
+    code, shown = f"{fence}python\n1 + 1\n{fence}", f'{fence}text title="output"\n2\n{fence}'
+    assert page_of(result) == f"# Title\ntext\n\n{code}\n\n{shown}\n"
+    for lost in ({"output_type": "error", "ename": "E"}, {"output_type": "display_data", "data": {"text/html": "x"}}):
+        with pytest.raises(PluginError, match="'name'"):
+            page_of(lost)

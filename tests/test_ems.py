@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -181,7 +184,74 @@ def test_bad_statistics(tmp_path: Path) -> None:
         save_ems(image, tmp_path / "a" / "b", per="sample")
     with pytest.raises(TypeError, match="must be TeacherStatistics, got int"):
         save_ems(1, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"num_steps must be an int, got 1\.5"):
+        save_ems(image, tmp_path, num_steps=1.5)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
+
+
+def scalar_statistics(l: float) -> ap.TeacherStatistics:
+    data = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(4, 2, 1, 1)
+    return ap.estimate_statistics(lambda x, t: l * x, data, ap.log_noise_levels(8), num_samples=16, progress=False)
+
+
+def test_what_float32_does_not_hold_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"l must be finite in float32, which the files hold, got 1201 of 1201 values"):
+        save_ems(scalar_statistics(1e45), tmp_path / "new", per="sample")
+    assert not list(tmp_path.iterdir())
+    save_ems(scalar_statistics(1e37), tmp_path / "new", per="sample")
+    assert load_ems(tmp_path / "new").l.flatten()[0].item() == pytest.approx(1e37)
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    stats = scalar_statistics(0.5)
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "odd" / "sb.npz").mkdir(parents=True)
+    for name in ("file", "dangling"):
+        with pytest.raises(ValueError, match=f"expected a folder to write to, got .*{name}, a file or a broken link"):
+            save_ems(stats, tmp_path / name, per="sample")
+    with pytest.raises(ValueError, match=r"expected a folder to write sb\.npz to, got one with a folder of that name"):
+        save_ems(stats, tmp_path / "odd", per="sample")
+    with pytest.raises(FileNotFoundError, match="check the folder"):
+        load_ems(tmp_path / "file")
+    assert os.listdir(tmp_path / "odd") == ["sb.npz"]
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_an_interruption_never_mixes_two_teachers(at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_ems(scalar_statistics(0.5), tmp_path, per="sample")
+    steps = iter(range(6))  # whatever changes the folder: two files opened and synced, two put in place
+
+    def interrupted(step: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            if next(steps) == at:
+                raise KeyboardInterrupt
+            return step(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for place, name in ((np, "savez"), (os, "fsync"), (os, "replace")):
+            patched.setattr(place, name, interrupted(getattr(place, name)))
+        with pytest.raises(KeyboardInterrupt):
+            save_ems(scalar_statistics(0.25), tmp_path, per="sample", num_steps=600)
+    if at < 4:  # nothing was replaced yet
+        assert load_ems(tmp_path).l.shape == (1201, 1, 1, 1)
+    else:
+        with pytest.raises(FileNotFoundError, match=r"no file at .*l\.npz"):
+            load_ems(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    save_ems(scalar_statistics(0.25), tmp_path, per="sample", num_steps=600)
+    assert load_ems(tmp_path).l.unique().item() == 0.25
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f".l.npz.{dead.pid}.tmp", f".sb.npz.{dead.pid}.tmp", f".other.npz.{dead.pid}.tmp"):
+        (tmp_path / name).touch()
+    save_ems(scalar_statistics(0.5), tmp_path, per="sample")
+    assert sorted(os.listdir(tmp_path)) == [f".other.npz.{dead.pid}.tmp", "l.npz", "sb.npz"]
 
 
 class Poison:
@@ -207,13 +277,24 @@ def test_bad_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         {"b": np.ones((3, 1, 3, 2))},
         {"l": ones[:1], "s": ones[:1]},
         {"l": ones[0, 0, 0, 0]},
+        {name: ones[:, :, :0] for name in "lsb"},
+        {"s": ones[:, :, :0]},
     ):
         write(**bad)
         with pytest.raises(ValueError, match=r"must be of shapes like \(N \+ 1, C, H, W\)"):
             load_ems(".")
-    for bad in ({"l": ones * np.inf}, {"s": ones.astype(int)}, {"b": np.array([Poison()])}, {"l": np.array(1j)}):
+    some_nan = ones.copy()
+    some_nan[1, 0, 0] = np.nan
+    for bad, message in (
+        ({"l": ones * np.inf}, "l must be finite, got 12 NaN or infinite of 12 values"),
+        ({"b": some_nan}, "b must be finite, got 2 NaN or infinite of 12 values"),
+        ({"s": ones.astype(np.longdouble) * np.longdouble("1e4000")}, "s must be finite, got 12"),
+        ({"s": ones.astype(int)}, "s must hold floating-point numbers, got int64"),
+        ({"b": np.array([Poison()])}, "Object arrays cannot be loaded"),
+        ({"l": np.array(1j)}, "l must hold floating-point numbers, got complex128"),
+    ):
         write(**bad)
-        with pytest.raises(ValueError, match="got another or a damaged file"):
+        with pytest.raises(ValueError, match=f"got another or a damaged file: {message}"):
             load_ems(".")
     for content in (b"", b"PK\x03\x04", pickle.dumps(Poison()), Path("sb.npz").read_bytes()[:-30]):
         write()

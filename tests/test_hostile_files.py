@@ -6,7 +6,9 @@ import json
 import math
 import os
 import resource
+import struct
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from archive_fuzzer import fuzz_archives_at_random, good_archives, load_archive
 from file_fuzzer import Loaded, fuzz_at_random, good_files, join, load, split
 
 import analytic_precond as ap
@@ -60,6 +63,30 @@ def test_good_files_are_good(good: dict[str, bytes], path: Path) -> None:
 def test_damaged_files_are_refused_or_usable(path: Path) -> None:
     usable = fuzz_at_random(3000, 0, path)  # fails within; tests/file_fuzzer.py does more of it
     assert 100 < usable < 2000  # some damage is in places that do not matter
+
+
+@pytest.mark.timeout(300)
+def test_damaged_archives_are_refused_or_usable(tmp_path: Path) -> None:
+    assert all(load_archive(content, tmp_path / "l.npz") for content in good_archives())
+    usable = fuzz_archives_at_random(2000, 0, tmp_path / "l.npz")
+    assert 30 < usable < 1000
+
+
+@pytest.mark.timeout(60)
+def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    levels = 2**29 // (4 * 3 * 64 * 64)
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({levels}, 3, 64, 64)}}".ljust(117) + "\n"
+    zeros = bytes(2**20)
+    for file, names in (("l.npz", "l"), ("sb.npz", "sb")):
+        with zipfile.ZipFile(tmp_path / file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name in names:
+                with archive.open(f"{name}.npy", "w") as member:
+                    member.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode())
+                    for _ in range(levels * 3 * 64 * 64 * 4 // len(zeros) + 1):
+                        member.write(zeros)
+    assert (tmp_path / "l.npz").stat().st_size < 2**22
+    with little_memory(), pytest.raises(ValueError, match="its arrays may have 268435456 bytes, got 5"):
+        ap.load_ems(tmp_path)
 
 
 # what is no regular file

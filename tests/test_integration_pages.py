@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ PAGES = Path(__file__).parent.parent / "docs" / "integrate"
 GOLDEN = {key: torch.from_numpy(value) for key, value in np.load(Path(__file__).parent / "data/peers.npz").items()}
 X, T, S = GOLDEN["x"], GOLDEN["t"], GOLDEN["s"]
 Namespace = dict[str, Any]
+th = torch  # its name in OpenAI's and Sony's code
 
 
 @pytest.fixture(autouse=True)
@@ -49,16 +51,23 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return found
 
 
-def run_page(page: str, namespace: Namespace, *stand_ins: type | Callable[..., Any]) -> None:
-    """Run a page's python blocks in order; apply its diffs to the stand-ins' source and to their instances."""
+def run_page(
+    page: str, namespace: Namespace, *stand_ins: type | Callable[..., Any], forgotten: str | None = None
+) -> None:
+    """Run a page's python blocks in order; apply its diffs to the stand-ins' source and to their instances.
+
+    A reader may forget the diffs that contain a text.
+    """
     sources = {stand_in.__name__: inspect.getsource(stand_in) for stand_in in stand_ins}
-    namespace |= {"append_dims": append_dims, "torch": torch, "nn": nn, "Any": Any, "Tensor": Tensor}
+    namespace |= {"append_dims": append_dims, "torch": torch, "th": torch, "nn": nn, "Any": Any, "Tensor": Tensor}
     namespace |= {"__name__": page, **{stand_in.__name__: stand_in for stand_in in stand_ins}}
     python = diff = 0
     for number, (language, text) in enumerate(blocks(page)):
         if language == "python":
             python += 1
             exec(compile(text, f"{page}, block {number}", "exec"), namespace)
+            continue
+        if forgotten is not None and forgotten in text:
             continue
         for hunk in re.split(r"^@@ .* @@ .*\n", text, flags=re.MULTILINE)[1:]:
             diff += 1
@@ -72,7 +81,9 @@ def run_page(page: str, namespace: Namespace, *stand_ins: type | Callable[..., A
                 if isinstance(old, type) and type(value) is old:
                     value.__class__ = namespace[name]
     assert python >= 2
-    assert diff == sum(text.count("@@ ") // 2 for language, text in blocks(page) if language == "diff")
+    assert forgotten is not None or diff == sum(
+        text.count("@@ ") // 2 for language, text in blocks(page) if language == "diff"
+    )
 
 
 def patch(source: str, hunk: str) -> str:
@@ -94,6 +105,13 @@ def indent(line: str) -> int:
 
 def append_dims(level: Tensor, ndim: int) -> Tensor:
     return level.reshape(-1, *[1] * (ndim - 1))
+
+
+def assert_last_block_objects(page: str, run: Callable[[], object]) -> None:
+    """A mistake is found by the check at the page's end, not before."""
+    with pytest.raises(AssertionError) as raised:
+        run()
+    assert traceback.extract_tb(raised.tb)[-1].filename == f"{page}, block {len(blocks(page)) - 1}"
 
 
 def golden_network(x: Tensor, tau: Tensor, tau_s: Tensor | None = None) -> Tensor:
@@ -146,12 +164,13 @@ class KarrasDenoiser:
                 for x in self.get_scalings_for_boundary_condition(sigmas)
             ]
         c_skip, c_out, c_in = scalings
-        model_output = model(c_in * x_t, 1000 * 0.25 * torch.log(sigmas + 1e-44), **model_kwargs)
+        rescaled_t = 1000 * 0.25 * th.log(sigmas + 1e-44)
+        model_output = model(c_in * x_t, rescaled_t, **model_kwargs)
         return model_output, c_out * model_output + c_skip * x_t
     # fmt: on
 
 
-def test_openai_cm() -> None:
+def run_openai_cm(forgotten: str | None = None) -> tuple[KarrasDenoiser, KarrasDenoiser, Namespace]:
     teacher_diffusion, diffusion = KarrasDenoiser(), KarrasDenoiser(distillation=True)
     model = OpenAINetwork()
     assert_same(teacher_diffusion.denoise(model, X, T)[1], "openai_edm_denoised")
@@ -160,13 +179,36 @@ def test_openai_cm() -> None:
     namespace: Namespace = {"images": images(), "device": "cpu"}
     namespace |= {"diffusion": diffusion, "teacher_diffusion": teacher_diffusion}
     namespace |= {"model": model, "teacher_model": model}
-    run_page("openai-cm.md", namespace, KarrasDenoiser)
-    assert isinstance(diffusion.precond, ap.AnalyticPreconditioning)  # type: ignore[attr-defined]
+    run_page("openai-cm.md", namespace, KarrasDenoiser, forgotten=forgotten)
+    return diffusion, teacher_diffusion, namespace
+
+
+def test_openai_cm() -> None:
+    diffusion, teacher_diffusion, namespace = run_openai_cm()
+    model, diffusion.precond = namespace["model"], namespace["analytic"]  # type: ignore[attr-defined]
+    assert isinstance(namespace["analytic"], ap.AnalyticPreconditioning)
     difference = diffusion.denoise(model, X, T)[1] - GOLDEN["openai_cm_denoised"]
     assert difference.abs().max() > 1e-4
     diffusion.precond = ap.CMPreconditioning()  # type: ignore[attr-defined]
     assert_same(diffusion.denoise(model, X, T)[1], "openai_cm_denoised")
     assert_same(teacher_diffusion.denoise(model, X, T)[1], "openai_edm_denoised")
+
+
+def test_openai_cm_asks_at_another_level() -> None:
+    diffusion, teacher_diffusion, namespace = run_openai_cm()
+    model, shifted = namespace["model"], diffusion.precond  # type: ignore[attr-defined]
+    assert isinstance(shifted, ap.ShiftedPreconditioning)
+    jump = diffusion.denoise(model, X, T)[1]
+    student = ap.ConsistencyModel(model, shifted, noise_conditioning=ap.NOISE_CONDITIONINGS["cm"])
+    torch.testing.assert_close(jump, student(X, T), rtol=1e-11, atol=1e-11)
+    # method.md, section 12, with OpenAI's own denoiser: c_skip x_t + c_out D(kappa x_t, q)
+    q = shifted.network_level(T, 0.002)
+    assert (q < 0.9 * T).any()
+    kappa = ((q**2 + 0.25) / (T**2 + 0.25)).sqrt()
+    denoised = teacher_diffusion.denoise(model, append_dims(kappa, X.ndim) * X, q)[1]
+    c_skip, c_out = (append_dims(c, X.ndim) for c in shifted(T, 0.002))
+    torch.testing.assert_close(jump, c_skip * X + c_out * denoised, rtol=1e-11, atol=1e-11)
+    assert_last_block_objects("openai-cm.md", lambda: run_openai_cm(forgotten="network_level"))
 
 
 # NVlabs/edm
@@ -203,6 +245,9 @@ class CTMKarrasDenoiser:
 
     teacher_model: Any = None
 
+    def rescaling_t(self, t: Tensor) -> Tensor:
+        return 1000 * 0.25 * th.log(t + 1e-44)
+
     def get_edm_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return 0.25 / (sigma**2 + 0.25), sigma * 0.5 / (sigma**2 + 0.25) ** 0.5
 
@@ -219,8 +264,8 @@ class CTMKarrasDenoiser:
         teacher: bool = False,
         **model_kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
-        rescaled_t = 250 * torch.log(t + 1e-44)
-        rescaled_s = None if s is None else 250 * torch.log(s + 1e-44)
+        rescaled_t = self.rescaling_t(t)
+        rescaled_s = None if s is None else self.rescaling_t(s)
         c_in = append_dims((t**2 + 0.25) ** -0.5, x_t.ndim)
         model_output = model(c_in * x_t, rescaled_t, s=rescaled_s, teacher=teacher, **model_kwargs)
         c_skip, c_out = (append_dims(c, x_t.ndim) for c in self.get_edm_scalings(t))
@@ -279,12 +324,13 @@ class EDMPrecond_CTM(nn.Module):
         return (self.model(x * root, sigma) - 0.25 / root**2 * x * root) / (level * 0.5 / root)
 
 
-def test_sony_ctm() -> None:
-    def golden(x: Tensor, t: Tensor, s: Tensor | None = None, teacher: bool = False) -> Tensor:
-        return golden_network(x, t, s)
+def golden_ctm(x: Tensor, t: Tensor, s: Tensor | None = None, teacher: bool = False) -> Tensor:
+    return golden_network(x, t, s)
 
+
+def run_sony_ctm(forgotten: str | None = None) -> tuple[CTMKarrasDenoiser, Namespace]:
     diffusion = CTMKarrasDenoiser()
-    denoised, jump = diffusion.get_denoised_and_G(golden, X, T, S, ctm=True)
+    denoised, jump = diffusion.get_denoised_and_G(golden_ctm, X, T, S, ctm=True)
     assert_same(denoised, "sony_edm_euler_denoised")
     assert_same(jump, "sony_edm_euler_jump")
 
@@ -292,22 +338,52 @@ def test_sony_ctm() -> None:
     teacher = EDMPrecond_CTM(EDMPrecond(CTMSongUNet(two_times=False)), teacher=True).eval().requires_grad_(False)
     namespace: Namespace = {"images": images(), "device": "cpu"}
     namespace |= {"diffusion": diffusion, "model": model, "teacher_model": teacher}
-    run_page("sony-ctm.md", namespace, CTMKarrasDenoiser)
-    report = namespace["report"]
+    run_page("sony-ctm.md", namespace, CTMKarrasDenoiser, forgotten=forgotten)
+    return diffusion, namespace
+
+
+def test_sony_ctm() -> None:
+    diffusion, namespace = run_sony_ctm()
+    model, report = namespace["model"], namespace["report"]
     assert len(report.zeroed) == 4
     assert not report.kept
     assert not report.unused
 
-    assert isinstance(diffusion.precond, ap.AnalyticPreconditioning)  # type: ignore[attr-defined]
+    assert isinstance(namespace["analytic"], ap.AnalyticPreconditioning)
     sigmas = torch.tensor([0.001, 90.0])  # the denoising term's levels: no jump, no error
-    assert torch.equal(
-        diffusion.get_denoised_and_G(model, images(num=2), sigmas, sigmas, ctm=True)[0].isnan().any(),
-        torch.tensor(False),
-    )
-    analytic = diffusion.get_denoised_and_G(golden, X, T, S, ctm=True)[1]
-    assert (analytic - GOLDEN["sony_edm_euler_jump"]).abs().max() > 1e-3
+    for precond in (namespace["analytic"], namespace["shifted"]):
+        diffusion.precond = precond  # type: ignore[attr-defined]
+        denoised = diffusion.get_denoised_and_G(model, images(num=2), sigmas, sigmas, ctm=True)[0]
+        assert denoised.isfinite().all()
+        jump = diffusion.get_denoised_and_G(golden_ctm, X, T, S, ctm=True)[1]
+        assert (jump - GOLDEN["sony_edm_euler_jump"]).abs().max() > 1e-3
     diffusion.precond = ap.CTMPreconditioning()  # type: ignore[attr-defined]
-    assert_same(diffusion.get_denoised_and_G(golden, X, T, S, ctm=True)[1], "sony_edm_euler_jump")
+    assert_same(diffusion.get_denoised_and_G(golden_ctm, X, T, S, ctm=True)[1], "sony_edm_euler_jump")
+
+
+def test_sony_ctm_asks_at_another_level() -> None:
+    diffusion, _ = run_sony_ctm()
+    shifted = diffusion.precond  # type: ignore[attr-defined]
+    assert isinstance(shifted, ap.ShiftedPreconditioning)
+    jump = diffusion.get_denoised_and_G(golden_ctm, X, T, S, ctm=True)[1]
+    student = ap.ConsistencyTrajectoryModel(golden_ctm, shifted, noise_conditioning=ap.NOISE_CONDITIONINGS["cm"])
+    torch.testing.assert_close(jump, student(X, T, S), rtol=1e-11, atol=1e-11)
+    # method.md, section 12: the network's input is c_in(t) x_t, its first level q
+    q = shifted.network_level(T, S)
+    assert (q < 0.9 * T).any()
+    c_in, kappa, edm_skip, edm_out, c_skip, c_out = (
+        append_dims(c, X.ndim)
+        for c in (
+            (T**2 + 0.25).rsqrt(),
+            ((q**2 + 0.25) / (T**2 + 0.25)).sqrt(),
+            0.25 / (q**2 + 0.25),
+            0.5 * q * (q**2 + 0.25).rsqrt(),
+            *shifted(T, S),
+        )
+    )
+    denoised = edm_skip * kappa * X + edm_out * golden_ctm(c_in * X, 250 * q.log(), 250 * S.log())
+    torch.testing.assert_close(jump, c_skip * X + c_out * denoised, rtol=1e-11, atol=1e-11)
+    assert_last_block_objects("sony-ctm.md", lambda: run_sony_ctm(forgotten="self.precond.query"))
 
 
 # locuslab/ect

@@ -106,8 +106,9 @@ def test_jumps_to_the_same_level_change_no_bit(dtype: torch.dtype) -> None:
     t = torch.cat([t.clamp(0.002, 80), LEVELS[:8].float()])
     x = torch.randn(len(t), *SHAPE, generator=torch.Generator().manual_seed(1)).to(dtype)
     assert torch.equal(precond.jump(x, 1e3 * x, t, t), x)
-    with pytest.raises(ValueError, match="t > s needed"):
-        precond.required_output(x.double(), x.double(), t, t)
+    s = torch.where(torch.arange(len(t)) == 3, t, 0.9 * t).clamp(min=0.002)
+    with pytest.raises(ValueError, match="t > s needed, got s = t at position 3:"):
+        precond.required_output(x.double(), x.double(), t, s)
 
 
 @pytest.mark.parametrize("theta", [0.0, 1.0])
@@ -208,9 +209,11 @@ def test_bad_input() -> None:
     precond = PerElementPreconditioning(stats)
     x = torch.ones(4, *SHAPE)
     with pytest.raises(
-        ValueError, match=r"x_t must hold samples of shape \(2, 3, 4\), got x_t of shape \(4, 2, 3, 5\)"
+        ValueError, match=r"x_t must be of shape \(B, 2, 3, 4\), got \(4, 2, 3, 5\): coefficients belong"
     ):
         precond.jump(torch.ones(4, 2, 3, 5), torch.ones(4, 2, 3, 5), 1.0, 0.5)
+    with pytest.raises(ValueError, match=r"\(B, 2, 3, 4\), got \(2, 3, 4\): add a batch dimension"):
+        precond.jump(x[0], x[0], 1.0, 0.5)
     with pytest.raises(ValueError, match="denoised must have x_t's shape"):
         precond.jump(x, x[:2], 1.0, 0.5)
     with pytest.raises(ValueError, match="jumps must go from t to s"):
@@ -232,12 +235,106 @@ def test_bad_input() -> None:
         make(LEVELS, l, torch.zeros(60, 3))
     with pytest.raises(ValueError, match="s must be finite"):
         make(LEVELS, l, l / 0)
-    with pytest.raises(ValueError, match=r"fall by more than 50 .* in element 1"):
-        make(LEVELS, l, torch.tensor([0.0, -20.0]).expand(60, 2))
-    with pytest.raises(ValueError, match=r"change by more than 2 .* in element 1"):
-        make(LEVELS, l, torch.tensor([0.0, 40.0]).expand(60, 2))
-    with pytest.raises(ValueError, match=r"keep the denominator .* in element 1 for the jump from 80"):
-        make(LEVELS, torch.tensor([0.5, -2.0]).expand(60, 2), torch.tensor([0.0, -2.0]).expand(60, 2))
+    for empty in (torch.ones(60, 0), torch.ones(60, 2, 0, 1)):
+        with pytest.raises(ValueError, match=r"coefficients of some elements, got shape \(60, .*0"):
+            make(LEVELS, empty, empty)
+
+
+def test_refused_coefficients_are_named_with_advice_that_fits() -> None:
+    def make(l: list[float], s: list[float], shape: tuple[int, ...] = (2,)) -> PerElementPreconditioning:
+        tables = (torch.tensor(v).reshape(shape).expand(60, *shape) for v in (l, s))
+        return PerElementPreconditioning.from_coefficients(LEVELS, *tables)
+
+    half = [0.5, 0.5]
+    with pytest.raises(
+        ValueError, match=r"fall by more than 50 .* down to t = 0.002 in element \(1,\): check sign and"
+    ):
+        make(half, [0.0, -20.0])
+    # 40 times a twelfth of lambda
+    with pytest.raises(ValueError, match=r"change by more than 2 .* got 3\.3.* in element \(0, 1, 0\): check sign"):
+        make(half, [0.0, 40.0], (1, 2, 1))
+    # (0.5 + 100) ln(80 / 0.002)
+    with pytest.raises(
+        ValueError, match=r"span more than 600 over the levels, got 1065 in element \(1, 0\): check sign"
+    ):
+        make(half, [0.0, 100.0], (2, 1))
+    with pytest.raises(
+        ValueError, match=r"keep the denominator .* in element \(1,\) for the jump from 80 .*: check sign"
+    ):
+        make([0.5, -2.0], [0.0, -2.0])
+
+    def teacher(x: Tensor, t: Tensor) -> Tensor:  # l = -7 and s = -2 in the second channel
+        return torch.cat([0 * x[:, :1], ap.expand_to(t, x) ** 2 - 7 * x[:, 1:]], 1)
+
+    stats = ap.estimate_statistics(teacher, torch.ones(4, *SHAPE).double(), LEVELS, 8, progress=False, per_element=True)
+    advice = "take more samples, a teacher in float32, or"
+    with pytest.raises(ValueError, match=rf"in element \(1, \d, \d\).* half precision: {advice} per='channel'\."):
+        PerElementPreconditioning(stats)
+    with pytest.raises(
+        ValueError, match=rf"in element \(1, 0, 0\).* half precision: {advice} AnalyticPreconditioning\."
+    ):
+        PerElementPreconditioning(stats, per="channel")
+
+
+def test_as_many_elements_as_one_likes() -> None:
+    levels, l, s = PROBLEM.tables(60)
+    scale = torch.linspace(0.2, 1, 1500, dtype=torch.float64).reshape(30, 50)  # more than are tabulated at a time
+    many = PerElementPreconditioning.from_coefficients(levels, l[:, None, None] * scale, s[:, None, None] * scale)
+    for place in ((0, 0), (20, 23), (20, 24), (29, 49)):  # 1023 and 1024, where one lot ends
+        one = ap.AnalyticPreconditioning.from_coefficients(levels, l * scale[place], s * scale[place])
+        np.testing.assert_allclose(many(5.0, 0.1).c_out[place], one(5.0, 0.1).c_out, rtol=1e-7)
+
+
+def test_samples_that_are_numbers() -> None:
+    data = torch.randn(64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    options = {"num_samples": 128, "progress": False, "per_element": True}
+    numbers, vectors = (
+        PerElementPreconditioning(ap.estimate_statistics(ap.GaussianDenoiser(0.7), x, LEVELS, **options), "forward")
+        for x in (data, data[:, None])
+    )
+    assert numbers(5.0, 1.0).c_out.shape == ()
+    assert numbers(torch.tensor([5.0, 4.0]), 1.0).c_out.shape == (2,)
+    D = 0.5 * data
+    assert torch.equal(numbers.jump(data, D, 5.0, 1.0), vectors.jump(data[:, None], D[:, None], 5.0, 1.0)[:, 0])
+    with pytest.raises(ValueError, match=r"of shape \(B\), got \(64, 1\)"):
+        numbers.jump(data[:, None], data[:, None], 5.0, 1.0)
+
+
+def test_checkpoints_of_another_shape_are_refused() -> None:
+    def make(l: float, *shape: int) -> PerElementPreconditioning:
+        tables = torch.full((60, *shape), l), torch.zeros(60, *shape)
+        return PerElementPreconditioning.from_coefficients(LEVELS, *tables)
+
+    precond = make(0.5, 3, 2, 8)
+    before = precond(5.0, 1.0).c_out
+    with pytest.raises(RuntimeError, match=r"must be \(3, 2, 8\), got \(3, 4, 4\): .* build the preconditioning for"):
+        precond.load_state_dict(make(0.3, 3, 4, 4).state_dict())
+    assert torch.equal(precond(5.0, 1.0).c_out, before)
+    precond.load_state_dict(make(0.3, 3, 2, 8).state_dict())
+    assert not torch.equal(precond(5.0, 1.0).c_out, before)
+
+
+def test_made_in_inference_mode_and_differentiated_outside() -> None:
+    stats = statistics(variances())
+    for make in (PerElementPreconditioning, ap.AnalyticPreconditioning):
+        with torch.inference_mode():
+            precond = make(stats)
+        t = torch.tensor([5.0, 1.0], dtype=torch.float64, requires_grad=True)
+        expected = torch.autograd.grad(make(stats)(t, 0.5).c_out.sum(), t)
+        assert torch.equal(torch.autograd.grad(precond(t, 0.5).c_out.sum(), t)[0], expected[0])
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # NumPy 2 in diffusers
+def test_what_holds_one_pair_per_level_says_so() -> None:
+    pytest.importorskip("diffusers")
+    from analytic_precond.diffusers_scheduler import ConsistencyJumpScheduler
+
+    precond = PerElementPreconditioning(statistics(variances()))
+    with pytest.raises(TypeError, match=r"one per mode or element: .* e\.g\. precond\(t, s\)\.c_out\[:, 0, 0, 0\]"):
+        ap.plot_preconditioning(precond)
+    student = ap.ConsistencyModel(lambda x, c_t: x, precond)
+    with pytest.raises(TypeError, match=r"got PerElementPreconditioning .*: sample with sample_multistep, or train"):
+        ConsistencyJumpScheduler.from_student(student, ap.karras_noise_levels(4))
 
 
 def test_one_coefficient_serves_several_elements() -> None:
@@ -245,7 +342,7 @@ def test_one_coefficient_serves_several_elements() -> None:
     precond = PerElementPreconditioning.from_coefficients(LEVELS, l, torch.zeros(60, 1, 1, 1))
     x = torch.ones(4, *SHAPE)
     assert precond.jump(x, x, 1.0, 0.5).shape == x.shape
-    with pytest.raises(ValueError, match=r"must hold samples of shape \(2, 1, 1\)"):
+    with pytest.raises(ValueError, match=r"must be of shape \(B, 2, any, any\), got \(4, 3, 5, 5\)"):
         precond.jump(torch.ones(4, 3, 5, 5), torch.ones(4, 3, 5, 5), 1.0, 0.5)
 
 

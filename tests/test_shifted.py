@@ -22,9 +22,10 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 import analytic_precond as ap
+from analytic_precond.edm import input_scale
 from analytic_precond.fitted_preconditioning import FitHeader
 from analytic_precond.jump_table import JumpTable
-from analytic_precond.preconditioning import Preconditioning, input_scale
+from analytic_precond.preconditioning import Preconditioning
 from analytic_precond.shift_moments import shift_moments
 from analytic_precond.shift_regression import regress_shifted
 from analytic_precond.shifted import ShiftedPreconditioning

@@ -1,4 +1,4 @@
-"""A hook of MkDocs: what pages link to outside docs/ becomes a page of the site, code as a listing."""
+"""A hook of MkDocs: what pages link to outside docs/ becomes a page of the site: code a listing, notebooks as read."""
 
 import posixpath
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from notebooks import page_of
 
 _FOLDER = "repository"
 _LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
@@ -24,13 +25,17 @@ def on_files(files: Files, *, config: Any) -> Files:
         if path in seen or not path.is_file() or path.is_relative_to(docs) or not path.is_relative_to(root):
             continue
         seen.add(path)
-        name, text = path.relative_to(root).as_posix(), path.read_text()
-        if path.suffix == ".md":
+        name, text, uri = path.relative_to(root).as_posix(), path.read_text(), _uri(path, config)
+        if path.suffix in (".md", ".ipynb"):
             waiting += _links(path)
-        else:
+        if path.suffix == ".ipynb":
+            text, pictures = page_of(path)
+            for picture, content in pictures.items():
+                files.append(File.generated(config, posixpath.join(posixpath.dirname(uri), picture), content=content))
+        elif path.suffix != ".md":
             language = "python" if path.suffix == ".py" else "text"
             text = f"# {name}\n\n`````{language}\n{text}`````\n"
-        files.append(File.generated(config, _uri(path, config), content=text))
+        files.append(File.generated(config, uri, content=text))
     return files
 
 

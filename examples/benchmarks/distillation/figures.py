@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from configurations import BASELINE, LONG, Configuration, Run
+from configurations import BASELINE, Configuration, Run
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from preconditionings import METHODS
 from safetensors.torch import load_file
@@ -87,35 +88,57 @@ def _draw_curve(panel: Axes, name: str, runs: np.ndarray) -> None:
 
 
 def draw_speedups(results: dict[Run, History], config: Configuration) -> Figure:
-    """Draw speed-ups with bootstrap intervals: a panel for each problem, a group of bars for each metric."""
-    metrics = {"ode/1": "ODE, 1 step", "ode/2": "ODE, 2 steps", "features-data/2": "features, 2 steps"}
-    names = [name for name in config.methods + config.relatives if name != BASELINE and METHODS[name].times == 2]
-    problems = [problem.name for problem in config.problems]
-    figure = Figure(figsize=(13, 1.5 + 0.42 * len(names) * ((len(problems) + 1) // 2)), layout="constrained")
-    panels = figure.subplots((len(problems) + 1) // 2, 2, sharex=True, sharey=True, squeeze=False).flat
-    for panel, problem in zip(panels, problems, strict=False):
-        for offset, (metric, label) in zip((0.25, 0.0, -0.25), metrics.items(), strict=True):
-            for row, name in enumerate(reversed(names)):
-                value = speedup(results, config, problem, name, metric)
-                if value is None:
-                    continue
-                low, high = value.bootstrap()
-                marker = {"": "o", ">": ">", "<": "<"}[value.bound]
-                colour = {0.25: "#0072B2", 0.0: "#D55E00", -0.25: "#009E73"}[offset]
-                panel.plot([low, high], [row + offset] * 2, color=colour, linewidth=2.5)
-                panel.plot(value.mean, row + offset, marker, color=colour, markersize=8, label=label)
-        panel.axvline(1, color="black", linewidth=1)
-        panel.set_xscale("log")
-        _plain(panel.xaxis)
-        panel.set_yticks(range(len(names)), [METHODS[name].label for name in reversed(names)])
-        panel.set_title(problem, fontsize=FONT)
-        panel.tick_params(labelsize=FONT - 2, which="both")
-        panel.grid(alpha=0.3, axis="x")
-    handles = {line.get_label(): line for line in figure.axes[0].get_lines() if not line.get_label().startswith("_")}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
-    for panel in figure.axes[-2:]:
+    """Draw speed-ups with bootstrap intervals: a panel for each problem, a group of points for each method."""
+    groups = [[problem for problem in config.problems if problem.relatives is also] for also in (False, True)]
+    lines = [group[i : i + 2] for group in groups for i in range(0, len(group), 2)]  # with methods in common
+    names = [
+        [name for name in config.methods + config.relatives * line[0].relatives if name in _COMPARED] for line in lines
+    ]
+    heights = [len(rows) + 1 for rows in names]
+    figure = Figure(figsize=(13, 1.6 + 0.42 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(lines), 2, sharex=True, squeeze=False, height_ratios=heights)
+    for line, rows, pair in zip(lines, names, panels, strict=True):
+        for panel in pair[len(line) :]:
+            panel.set_visible(False)
+        for panel, problem in zip(pair, line, strict=False):
+            _draw_speedups_of(panel, results, config, problem.name, rows[::-1])
+            panel.set_yticks(range(len(rows)), [METHODS[name].label for name in rows[::-1]])
+            panel.tick_params(labelsize=FONT - 2, which="both", labelleft=panel is pair[0])
+    for panel in panels[-1]:
         panel.set_xlabel("speed-up over CTM's Euler form", fontsize=FONT)
+    dots = {label: {"color": colour, "marker": "o"} for label, colour, _ in _SPEEDUP_METRICS.values()}
+    signs = {"lower bound": {"color": "gray", "marker": ">"}, "upper bound": {"color": "gray", "marker": "<"}}
+    handles = [Line2D([], [], label=key, linestyle="", markersize=8, **look) for key, look in (dots | signs).items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=FONT - 1, frameon=False)
     return figure
+
+
+_COMPARED = [name for name, method in METHODS.items() if method.times == 2 and name != BASELINE]
+_SPEEDUP_METRICS = {  # label, colour, place in the group
+    "ode/1": ("ODE, 1 step", "#0072B2", 0.25),
+    "ode/2": ("ODE, 2 steps", "#D55E00", 0.0),
+    "features-data/2": ("features, 2 steps", "#009E73", -0.25),
+}
+
+
+def _draw_speedups_of(
+    panel: Axes, results: dict[Run, History], config: Configuration, problem: str, names: list[str]
+) -> None:
+    for row, name in enumerate(names):
+        values = {metric: speedup(results, config, problem, name, metric) for metric in _SPEEDUP_METRICS}
+        for metric, value in values.items():
+            if value is not None:
+                _, colour, offset = _SPEEDUP_METRICS[metric]
+                panel.plot(value.bootstrap(), [row + offset] * 2, color=colour, linewidth=2.5)
+                panel.plot(value.mean, row + offset, value.bound or "o", color=colour, markersize=8)
+        if not any(values.values()):
+            panel.text(1.1, row, "not run", va="center", color="gray", fontsize=FONT - 3)
+    panel.axvline(1, color="black", linewidth=1)
+    panel.set_xscale("log")
+    _plain(panel.xaxis)
+    panel.set_ylim(-0.7, len(names) - 0.3)
+    panel.set_title(problem, fontsize=FONT)
+    panel.grid(alpha=0.3, axis="x")
 
 
 def draw_gaps(maps: dict[str, Any], names: list[str]) -> Figure:
@@ -155,20 +178,18 @@ def draw_scales(maps: dict[str, Any], names: list[str]) -> Figure:
 
 
 def draw_samples(config: Configuration, folder: Path, problem: str, reference: Tensor) -> Figure | None:
-    """Draw images from the same noise: the teacher's, and the students' of the first seed in 1 and 2 steps."""
+    """Draw images from the same noise: the teacher's, and the students' of the first seed after equal training."""
     if reference.ndim != 4:
         return None
     rows = {"teacher": (reference, reference)}
-    usual = config.problem(problem).iterations
-    for name in config.methods_of(config.problem(problem)):
-        for length in (usual, LONG * usual):
-            run = Run(problem, name, config.seeds[0], config.learning_rate, length)
-            path = run.path(folder).with_suffix(".safetensors")
-            if path.exists():
-                images = load_file(path)
-                label = METHODS[name].label + (f", {length}" if length > usual else "")
-                rows[label] = (images["1 step"], images["2 steps"])
-    figure = Figure(figsize=(15, 0.62 * len(rows) + 0.5), layout="constrained")
+    size = config.problem(problem)
+    for name in config.methods_of(size):
+        run = Run(problem, name, config.seeds[0], config.learning_rate, size.iterations)
+        path = run.path(folder).with_suffix(".safetensors")
+        if path.exists():
+            images = load_file(path)
+            rows[METHODS[name].label] = (images["1 step"], images["2 steps"])
+    figure = Figure(figsize=(13, 0.68 * len(rows) + 0.5), layout="constrained")
     panels = figure.subplots(len(rows), 2, squeeze=False)
     for row, (label, pair) in zip(panels, rows.items(), strict=True):
         for panel, images in zip(row, pair, strict=True):

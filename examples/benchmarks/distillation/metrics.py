@@ -3,7 +3,7 @@ r"""What is measured, stated before any student was trained.
 On samples in 1, 2 and 5 steps from the same noise, with the student's moving average:
 
 - ``ode``: squared distance (mean over elements) to the end of the teacher's own ODE from the same noise, solved as in
-  training (Heun's method on the training grid); ``rms`` in tables is its root,
+  training (Heun's method on the training grid),
 - ``pixels``: Frechet distance $\lVert m_1 - m_2 \rVert^2 + \operatorname{tr}(C_1 + C_2 - 2 (C_1 C_2)^{1/2})$ of the
   first 64 principal components of the data, to the data and to the teacher's samples from other noise,
 - ``features``: the same of the means over the image of three layers of a random convolutional network (random cosines

@@ -24,11 +24,16 @@ class Speedup:
 
     Attributes:
         ratios: One per seed, against the baseline of the same seed.
-        bound: ">" or "<" where a seed's ratio is a lower or an upper bound, "" where all are exact.
+        notes: One per seed: "before", "never" or "", of `iterations_to`.
     """
 
     ratios: tuple[float, ...]
-    bound: str
+    notes: tuple[str, ...]
+
+    @property
+    def bound(self) -> str:
+        """Return ">" or "<" where a seed's ratio is a lower or an upper bound, "" where all are exact."""
+        return ">" if "before" in self.notes else "<" if "never" in self.notes else ""
 
     @property
     def mean(self) -> float:
@@ -76,7 +81,7 @@ def speedup(
     results: dict[Run, History], config: Configuration, problem: str, method: str, metric: str, baseline: str = BASELINE
 ) -> Speedup | None:
     """Return the speed-up over the seeds that both have finished; None without any, or without that metric."""
-    ratios, notes = [], set()
+    ratios, notes = [], []
     for seed in config.seeds:
         own, other = (find(results, config, problem, name, seed) for name in (method, baseline))
         if own is None or other is None or metric not in own[0] or metric not in other[0]:
@@ -84,9 +89,8 @@ def speedup(
         goal = other[-1][metric]
         reached, note = iterations_to(own, metric, goal)
         ratios.append(iterations_to(other, metric, goal)[0] / reached)
-        notes.add(note)
-    bound = ">" if "before" in notes else "<" if "never" in notes else ""
-    return Speedup(tuple(ratios), bound) if ratios else None
+        notes.append(note)
+    return Speedup(tuple(ratios), tuple(notes)) if ratios else None
 
 
 def find(

@@ -6,6 +6,7 @@ have the same optimiser. What differs is the preconditioning (and for CM the los
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -89,12 +90,16 @@ def train(run: Run, config: Configuration, folder: Path, count: Callable[[int], 
     loss_of = loss_function(config, method, teacher, student, average, data)
     order, times = (torch.Generator().manual_seed(1000 * run.seed + part) for part in (1, 2))
 
+    few = reference.start[:16]
     due, history, clock = problem.evaluations(run.iterations), [], Clock(config.device)
     for iteration in range(run.iterations + 1):
         if iteration in due:
             detailed = iteration >= problem.iterations
             measured = evaluation(sample, follows_ode=method.times == 2, detailed=detailed)
             history.append({"iteration": iteration, **clock.times(), **measured})
+        if iteration in (problem.iterations, run.iterations):  # a long run has images of the usual length, too
+            images = {f"{n} step{'s' * (n > 1)}": sample(few, evaluation.paths[n]).half() for n in STEPS}
+            write_tensors(images, replace(run, iterations=iteration).path(folder).with_suffix(".safetensors"))
         if iteration == run.iterations:
             break
         clock.start()
@@ -108,11 +113,7 @@ def train(run: Run, config: Configuration, folder: Path, count: Callable[[int], 
         clock.stop()
         count(1)
 
-    path = run.path(folder)
-    few = reference.start[:16]
-    images = {f"{n} step{'s' * (n > 1)}": sample(few, evaluation.paths[n]) for n in STEPS}
-    write_tensors({name: x.half() for name, x in images.items()}, path.with_suffix(".safetensors"))
-    write_json({"run": vars(run), "history": history}, path)  # last: it says that the run is complete
+    write_json({"run": vars(run), "history": history}, run.path(folder))  # last: it says that the run is complete
 
 
 class Clock:
