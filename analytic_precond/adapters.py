@@ -190,7 +190,9 @@ class _EDMDenoiser(NetworkDenoiser):
     """A network that keeps its skip connection inside, so that its input must not be rounded."""
 
     def _call_network(self, z: Tensor, c_noise: Tensor, condition: dict[str, Any]) -> Tensor:
-        if getattr(self.network, "label_dim", None) == 0 and condition.get("class_labels") is not None:
+        labels = condition.get("class_labels")
+        some = labels is not None and not (isinstance(labels, Tensor) and labels.shape[-1:] == (0,))  # EDM's loaders
+        if getattr(self.network, "label_dim", None) == 0 and some:
             raise ValueError(
                 "expected no class_labels, as the network is unconditional (label_dim = 0) and would ignore them, got "
                 "some: drop them, or load the conditional network."

@@ -128,6 +128,10 @@ class AnalyticPreconditioning(Preconditioning):
         """The cleanest level of the statistics."""
         return self.integrals.sigma_min
 
+    def extra_repr(self) -> str:
+        """Return what is printed of it: where between forward (0) and backward (1), and the range of levels."""
+        return f"theta={self.theta.item():g}, levels {self.sigma_max:g} to {self.sigma_min:g}"
+
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels."""
         return euler_step_scalings(self.integrals(t, s), self.theta)

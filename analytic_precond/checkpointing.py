@@ -114,8 +114,8 @@ class Checkpoint:
     def how_to_go_on(self, request: Request) -> str:
         """Say what an interrupted estimate leaves behind."""
         return (
-            f"{self._num_saved} of {request.num_units} clean samples are kept in {self._path}: call "
-            f"estimate_statistics again with the same arguments to go on from there."
+            f"{self._num_saved} of {request.num_units} clean samples (two noisy ones each) are kept in {self._path}: "
+            f"call estimate_statistics again with the same arguments to go on from there."
         )
 
     def _explained(self, error: OSError, what: str) -> OSError:

@@ -22,7 +22,7 @@ from .moments import MOMENTS
 from .noise_levels import log_noise_levels
 from .out_of_memory import BatchSize, largest_batch
 from .teacher import Denoiser
-from .teacher_inputs import check_request, device_of, keywords_of, name_of
+from .teacher_inputs import check_request, device_of, keywords_of, name_of, warn_if_training
 from .teacher_statistics import L_METHODS, S_METHODS, TeacherStatistics
 
 
@@ -115,6 +115,7 @@ def estimate_statistics(
         if intercept:
             check_count(num_samples, 4, "num_samples", "An intercept needs two pairs.")
         check_request(batch_size, seed, condition, description)
+        warn_if_training(denoiser)
         check_choice(l_method, L_METHODS, "l_method")
         check_choice(s_method, S_METHODS, "s_method")
         levels = levels.detach().to("cpu", torch.float64)
@@ -144,7 +145,7 @@ def estimate_statistics(
                     x_0, first, state = batch.x, batch.first, run.state
                     noise, probes = pair_noise(seed, first, len(x_0), x_0.shape[1:], probes=l_method == "hutchinson")
                     noise = noise.to(x_0.device, wide_dtype(x_0.device))
-                    keywords = {} if condition is None else keywords_of(condition(*batch.extra), x_0.device)
+                    keywords = keywords_of(condition, batch.extra, denoiser, x_0.device)
 
                     moments = noise.new_empty(num_levels, len(x_0), len(MOMENTS))
                     for part in measure(x_0, noise, probes, levels, keywords, number):

@@ -8,6 +8,7 @@ the jump itself implies, $x_t - t\, \partial_s x_s |_{s = t}$. Here $\varepsilon
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -49,6 +50,10 @@ class CMPreconditioning(Preconditioning):
     def sigma_min(self) -> float:
         """The level that all jumps reach."""
         return self._sigma_min
+
+    if TYPE_CHECKING:
+
+        def __call__(self, t: Tensor | float, s: Tensor | float | None = None) -> Scalings: ...  # noqa: D102
 
     def forward(self, t: Tensor | float, s: Tensor | float | None = None) -> Scalings:
         """Return the coefficients on the denoiser; ``s`` may be left out, or must be ``sigma_min``."""

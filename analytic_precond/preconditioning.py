@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._buffers import FixedPrecisionModule
-from ._checks import check_choice, check_positive, check_tensor, place, wide_dtype
+from ._checks import check_choice, check_noise_level, check_positive, check_tensor, place, wide_dtype
 from .edm import EDMPreconditioning, input_scale
 from .noise_levels import expand_to
 
@@ -62,6 +62,10 @@ class Preconditioning(FixedPrecisionModule):
     @abstractmethod
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for levels known to be valid, in their dtype: float64, or a device's float32."""
+
+    if TYPE_CHECKING:  # torch's own is untyped
+
+        def __call__(self, t: Tensor | float, s: Tensor | float) -> Scalings: ...  # noqa: D102
 
     def forward(self, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return ``c_skip`` and ``c_out`` of the jump from ``t`` to ``s``, on the denoiser.
@@ -159,7 +163,7 @@ class Preconditioning(FixedPrecisionModule):
             raise ValueError(f"denoised must have x_t's shape {tuple(x_t.shape)}, got {tuple(denoised.shape)}.")
         dtype = torch.promote_types(x_t.dtype, denoised.dtype)
         compute = torch.promote_types(dtype, torch.float32)
-        c_skip, c_out = (expand_to(c.to(compute), x_t) for c in self._wide(t, s, x_t.device))
+        c_skip, c_out = (expand_to(c.to(compute), x_t) for c in self._per_sample(x_t, t, s))
         return (c_skip * x_t + c_out * denoised).to(dtype)
 
     def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
@@ -187,7 +191,7 @@ class Preconditioning(FixedPrecisionModule):
         check_tensor(x_s, "x_s")
         if x_s.shape != x_t.shape:
             raise ValueError(f"x_s must have x_t's shape {tuple(x_t.shape)}, got {tuple(x_s.shape)}.")
-        c_skip, c_out = (expand_to(c, x_t) for c in self._wide(t, s, x_t.device))
+        c_skip, c_out = (expand_to(c, x_t) for c in self._per_sample(x_t, t, s))
         trivial = c_out == 0
         if x_t.device.type == "cpu" and not torch.compiler.is_compiling() and bool(trivial.any()):
             index = int(trivial.flatten().nonzero()[0]) // trivial.shape[1:].numel()  # the sample's
@@ -197,6 +201,13 @@ class Preconditioning(FixedPrecisionModule):
             )
         required = (x_s.to(c_out.dtype) - c_skip * x_t.to(c_out.dtype)) / c_out
         return torch.where(trivial, torch.nan, required)
+
+    def _per_sample(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
+        """Return the coefficients in the widest dtype of x_t's device, of levels that fit x_t."""
+        for level, name in ((t, "t"), (s, "s")):
+            if isinstance(level, Tensor):
+                check_noise_level(level, x_t, name)
+        return self._wide(t, s, x_t.device)
 
     def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
         """Return the coefficients in the widest dtype that the device has, after all checks."""
@@ -242,9 +253,11 @@ class Preconditioning(FixedPrecisionModule):
         if not all_valid:
             index = int((~valid).flatten().nonzero()[0])
             t_bad, s_bad = t.flatten()[index].item(), s.flatten()[index].item()
+            inside = self.sigma_min <= s_bad and t_bad <= self.sigma_max
+            advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
             raise ValueError(
                 f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
-                f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: noise levels are sigma, not indices."
+                f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."
             )
         return True
 

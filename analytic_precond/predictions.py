@@ -43,8 +43,9 @@ class PredictionScalings:
         check_choice(self.prediction, _COEFFICIENTS, "prediction")
         if not isinstance(self.schedule, Schedule):
             raise TypeError(
-                f"schedule must be a Schedule, got {self.schedule!r}: build a VPLinearSchedule, VPCosineSchedule, "
-                f"VPDiscreteSchedule, EDMSchedule, RectifiedFlowSchedule or TrigFlowSchedule."
+                f"schedule must be a Schedule, got {_short(self.schedule)}: build a VPLinearSchedule, "
+                f"VPCosineSchedule, VPDiscreteSchedule((1 - betas).cumprod(0)), EDMSchedule, RectifiedFlowSchedule or "
+                f"TrigFlowSchedule."
             )
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -52,6 +53,10 @@ class PredictionScalings:
         time = self.schedule.time(t)
         c_skip, c_out = _COEFFICIENTS[self.prediction](self.schedule, time)
         return c_skip, c_out, self.schedule.alpha(time), self.schedule.network_time(t)
+
+
+def _short(value: object) -> str:
+    return repr(value) if isinstance(value, str) else type(value).__name__  # a table has a thousand numbers
 
 
 def _epsilon(schedule: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ neighbouring levels apart. Coefficients are computed in float64 and cast once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,11 @@ class Student(nn.Module):
                 f"precond must be a Preconditioning, got {type(precond).__name__}: for example "
                 f"AnalyticPreconditioning(statistics) or CTMPreconditioning()."
             )
+        if noise_conditioning is not None and not callable(noise_conditioning):
+            raise TypeError(
+                f"noise_conditioning must be a function of the noise level, got {noise_conditioning!r}: for example "
+                f"NOISE_CONDITIONINGS['cm']."
+            )
         told = type(precond).network_level is not Preconditioning.network_level
         if told and precond.sigma_data != sigma_data:
             raise ValueError(
@@ -62,6 +67,12 @@ class Student(nn.Module):
         self.precond = precond
         self.edm = EDMPreconditioning(sigma_data)
         self.noise_conditioning = noise_conditioning
+
+    if TYPE_CHECKING:  # torch's own is untyped
+
+        def __call__(  # noqa: D102
+            self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any
+        ) -> Tensor: ...
 
     def _denoiser(self, x: Tensor, *levels: Tensor | float, **condition: Any) -> Tensor:
         """Return D for one or two levels, the first of them x's own, in float32 or wider."""

@@ -16,5 +16,5 @@ class Denoiser(Protocol):
     arguments. A function, an `nn.Module` or a lambda will do; put a network in eval mode first.
     """
 
-    def __call__(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, /, *args: Any, **condition: Any) -> Tensor:
         """Return the estimate of the clean data."""

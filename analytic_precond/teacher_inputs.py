@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from ._checks import check_count
 from .out_of_memory import BatchSize
@@ -39,11 +42,40 @@ def device_of(denoiser: Denoiser, data: object) -> torch.device | None:
     return None if tensor is None else tensor.device
 
 
-def keywords_of(condition: object, device: torch.device) -> dict[str, Any]:
-    """Return the conditions of a batch, on the teacher's device."""
-    if not isinstance(condition, Mapping):
+def keywords_of(
+    condition: Callable[..., Mapping[str, Any]] | None, extra: tuple[Any, ...], denoiser: Denoiser, device: torch.device
+) -> dict[str, Any]:
+    """Return the conditions of a batch, from what follows x in it, on the teacher's device."""
+    if condition is None:
+        if extra and any(vars(module).get("label_dim") for module in _modules(denoiser)):  # EDM's take none for zeros
+            warnings.warn(
+                "the teacher is class-conditional, but does not get the labels that the batches hold: pass "
+                "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's.",
+                stacklevel=3,
+            )
+        return {}
+    keywords = condition(*extra)
+    if not isinstance(keywords, Mapping):
         raise TypeError(
-            f"condition must return a dict of the teacher's keyword arguments, got {type(condition).__name__}: "
+            f"condition must return a dict of the teacher's keyword arguments, got {type(keywords).__name__}: "
             f"lambda label: {{'class_labels': label}}."
         )
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in condition.items()}
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in keywords.items()}
+
+
+def warn_if_training(denoiser: Denoiser) -> None:
+    """Warn of a network that is in training mode and random or changed by its input in it."""
+    for module in _modules(denoiser):
+        rate = module.p if isinstance(module, _DropoutNd) else vars(module).get("dropout")
+        drops = isinstance(rate, int | float) and rate > 0
+        if module.training and (drops or isinstance(module, _BatchNorm)):
+            warnings.warn(
+                f"the teacher is in training mode, with {type(module).__name__}"
+                f"{f' and a dropout of {rate:g}' if drops else ''}: call .eval() on it first.",
+                stacklevel=3,
+            )
+            return
+
+
+def _modules(denoiser: Denoiser) -> Iterable[nn.Module]:
+    return denoiser.modules() if isinstance(denoiser, nn.Module) else ()

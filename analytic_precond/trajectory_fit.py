@@ -17,7 +17,7 @@ from .moments import Array
 from .noise_levels import log_noise_levels
 from .out_of_memory import BatchSize, largest_batch
 from .teacher import Denoiser
-from .teacher_inputs import check_request, device_of, keywords_of, name_of
+from .teacher_inputs import check_request, device_of, keywords_of, name_of, warn_if_training
 from .trajectories import Start
 from .trajectory_moments import flat
 
@@ -90,6 +90,7 @@ def measure_trajectories(
     check_levels(levels)
     check_count(num_trajectories, 1, "num_trajectories")
     check_request(batch_size, seed, condition, description)
+    warn_if_training(denoiser)
     levels = levels.detach().to("cpu", torch.float64)
     device = device_of(denoiser, data) if device is None else torch.device(device)
     name = name_of(denoiser, description)
@@ -98,7 +99,7 @@ def measure_trajectories(
         x_0 = batch.x
         noise = pair_noise(seed, batch.first, len(x_0), x_0.shape[1:], probes=False)[0]
         wide = wide_dtype(x_0.device)
-        keywords = {} if condition is None else keywords_of(condition(*batch.extra), x_0.device)
+        keywords = keywords_of(condition, batch.extra, denoiser, x_0.device)
         x = x_0.to(wide) + levels[0].item() * noise.to(x_0.device, wide)
         return Start(batch.first, x, torch.promote_types(x_0.dtype, torch.float32), keywords)
 

@@ -133,7 +133,7 @@ def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:
         return Failing()(x, t)
 
     path = tmp_path / "kept"
-    with pytest.raises(KeyboardInterrupt, match=r"8 of 32 clean samples are kept in .*kept: call estimate_statistics"):
+    with pytest.raises(KeyboardInterrupt, match=r"8 of 32 clean samples .*kept: call estimate_statistics"):
         estimate(DATA, teacher, resume=path)
     assert num_kept(path) == 8
     assert same_bits(estimate(DATA, resume=path), estimate(DATA))

@@ -13,7 +13,7 @@ _REPLACEMENTS = (
     (re.compile(r"\\[bB]igg?\\l(Vert|vert|angle)"), r"\\left\\l\1"),
     (re.compile(r"\\[bB]igg?\\r(Vert|vert|angle)"), r"\\right\\r\1"),
     (re.compile(r"\\arg\\min"), r"\\text{arg min}\\,"),
-    (re.compile(r"_\{(skip|out|in|noise|data|rms)\b"), r"_{\\text{\1}"),  # docstrings leave \text out
+    (re.compile(r"_\{(skip|out|in|noise|data|rms|min|max)\b"), r"_{\\text{\1}"),  # docstrings leave \text out
     (re.compile(r"\\thinspace"), r"\\,"),
     # TeX's space around the name of a function
     (re.compile(r"(?<=[\w})])\s*(\\(?:ln|exp|log|sin|cos|tan|arctan|max|min)(?![a-z]))"), r"\\,\1"),
