@@ -23,16 +23,25 @@ def write_tensors(
 ) -> None:
     """Write tensors and a JSON header; an existing file is replaced whole or not at all."""
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"expected the path of a file to write, got the folder {path}: add a file name.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"expected the path of a regular file to write, got {path}, which is none: name another.")
+    path = target_of(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"expected an existing folder to write {path.name} to, got {path.parent}: create it first."
         )
-    if path.is_dir():
-        raise ValueError(f"expected the path of a file to write, got the folder {path}: add a file name.")
     # one key, since safetensors writes several in an order that changes from run to run
     metadata = {"header": json.dumps({"kind": kind, **header}, sort_keys=True)}
     content = serialize({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata)
     _check_size(len(content), content[:8])
+    replace_file(path, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; where a link stands, the file that it leads to."""
+    path = target_of(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -44,8 +53,14 @@ def write_tensors(
         temporary.unlink(missing_ok=True)
 
 
+def target_of(path: Path) -> Path:
+    """Return the path to write to: where a link leads, even to a file yet to come; else the path."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what processes left beside a file that were killed while they wrote it."""
+    path = target_of(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if not _is_alive(leftover.name.split(".")[-2]):
             leftover.unlink(missing_ok=True)
@@ -105,6 +120,8 @@ def sample_shape_of(header: Mapping[str, Any]) -> tuple[int, ...]:
 def _check_size(size: int, first_bytes: bytes) -> None:
     """Refuse what can only be damage, however consistent. The first eight bytes are the header's length."""
     header = int.from_bytes(first_bytes, "little")
+    if size <= _LARGEST_FILE and 8 + header > size:
+        raise ValueError("it is no safetensors file")
     if size > _LARGEST_FILE or header > _LONGEST_HEADER:
         raise ValueError(
             f"a file may have {_LARGEST_FILE} bytes, {_LONGEST_HEADER} of them for its header, got {size} and {header}"

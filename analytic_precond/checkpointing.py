@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_count, check_finite, check_tensor
-from ._files import read_tensors, remove_leftovers, sample_shape_of, write_tensors
+from ._files import read_tensors, remove_leftovers, sample_shape_of, target_of, write_tensors
 from .estimation_state import EstimationState, Request
 from .moments import group_sizes
 
@@ -38,7 +38,7 @@ class Checkpoint:
             raise TypeError(f"resume must be the path of a file, got {path!r}.")
         check_count(every, 1, "checkpoint_every", "It counts batches.")
         self.every = every
-        self._path, self._batch_size, self._num_saved = Path(path), batch_size, 0
+        self._path, self._batch_size, self._num_saved = target_of(Path(path)), batch_size, 0
 
     def read(self, request: Request) -> EstimationState | None:
         """Return the state in the file, or None where there is no file yet.

@@ -9,11 +9,9 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 from .command_line_commands import compare, estimate, plot, show
 from .estimation import estimate_statistics
@@ -30,7 +28,7 @@ examples:
   {_PROGRAM} plot teacher.safetensors --output teacher.png
   {_PROGRAM} compare teacher.safetensors another.safetensors
 
-exit codes: 0 done, 1 compared and found to differ, 2 an error, 130 interrupted
+exit codes: 0 done, 1 compared and found to differ, 2 an error, 130 interrupted, 141 nobody reads stdout on
 """
 
 _ESTIMATE = f"""\
@@ -86,11 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError, io.UnsupportedOperation):  # or Python flushes into the pipe once more
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _PIPE_CLOSED
-    except KeyboardInterrupt:
-        resume = getattr(options, "resume", None)
-        kept = resume is not None and os.path.exists(resume)
-        advice = f": run the same again to go on from {resume}" if kept else ", nothing is kept (estimate has --resume)"
-        sys.stderr.write(f"\ninterrupted{advice}\n")
+    except KeyboardInterrupt as interruption:
+        sys.stderr.write(f"\ninterrupted{_kept(getattr(options, 'resume', None), str(interruption))}\n")
         return _INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}{_place(error)}\n")
@@ -108,15 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"analytic-precond {version('analytic-precond')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, run, add_arguments, examples in (
-        ("estimate", estimate, _add_estimate, _ESTIMATE),
-        ("show", show, _add_show, _SHOW),
-        ("plot", plot, _add_plot, _PLOT),
-        ("compare", compare, _add_compare, _COMPARE),
+    for name, words, run, add_arguments, examples in (
+        ("estimate", "TEACHER [--data DATA] --output FILE [options]", estimate, _add_estimate, _ESTIMATE),
+        ("show", "FILE [--levels T [T ...]] [--json]", show, _add_show, _SHOW),
+        ("plot", "FILE [FILE ...] --output PICTURE [options]", plot, _add_plot, _PLOT),
+        ("compare", "FILE FILE [--json]", compare, _add_compare, _COMPARE),
     ):
         text = (run.__doc__ or "").rstrip(".")
         command = commands.add_parser(
             name,
+            usage=f"{_PROGRAM} {name} {words}",
             help=text[0].lower() + text[1:],
             description=f"{text}.",
             epilog=examples,
@@ -146,7 +142,7 @@ def _add_estimate(command: argparse.ArgumentParser) -> None:
     add(
         "--levels",
         metavar="T",
-        type=float,
+        type=_noise_level("name the teacher before --levels"),
         nargs="+",
         help="decreasing noise levels, instead of a grid uniform in ln t",
     )
@@ -170,7 +166,7 @@ def _add_estimate(command: argparse.ArgumentParser) -> None:
         add(f"--{name.replace('_', '-')}", metavar="NAME", choices=known, default=default[name], help=text)
     add("--intercept", action="store_true", help="regress D on (x, 1) instead of x")
     add("--per-element", action="store_true", help="keep the sums of each element of a sample too")
-    add("--device", metavar="NAME", type=_device, help="where the teacher runs, e.g. cuda; a network is moved there")
+    add("--device", metavar="NAME", help="where the teacher runs, e.g. cuda; a network is moved there")
     add("--resume", metavar="PATH", help="a file that keeps what is finished: interrupted, the same command goes on")
     add("--json", action="store_true", help="print the results as JSON")
 
@@ -178,8 +174,9 @@ def _add_estimate(command: argparse.ArgumentParser) -> None:
 def _add_show(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="statistics, or a fitted preconditioning")
     command.add_argument(
-        "--levels", metavar="T", type=_noise_level, nargs="+", help="only the levels nearest to these (default: all)"
-    )
+        "--levels", metavar="T", type=_noise_level("name files before --levels"), nargs="+",
+        help="only the levels nearest to these (default: all)",
+    )  # fmt: skip
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -191,7 +188,7 @@ def _add_plot(command: argparse.ArgumentParser) -> None:
         help="l, s and the remainder, or the coefficients c_skip and c_out of jumps (default: %(default)s)",
     )  # fmt: skip
     command.add_argument(
-        "--from", dest="start", metavar="T", type=_noise_level, nargs="+",
+        "--from", dest="start", metavar="T", type=_noise_level("name files before --from"), nargs="+",
         help="noise levels that jumps start from (default: 80 5 0.5)",
     )  # fmt: skip
 
@@ -203,21 +200,34 @@ def _add_compare(command: argparse.ArgumentParser) -> None:
 
 
 def _batch_size(text: str) -> BatchSize:
-    return "auto" if text == "auto" else int(text)
-
-
-def _noise_level(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"a noise level must be positive and finite, got {text}")
-    return value
-
-
-def _device(text: str) -> torch.device:
     try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # no such name, no such hardware
-        raise argparse.ArgumentTypeError(f"{text}: {str(error).splitlines()[0]}") from error
+        return "auto" if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'expected a whole number or "auto", got {text!r}') from error
+
+
+def _noise_level(advice: str) -> Callable[[str], float]:
+    """Return a reader of noise levels. What stands after them is taken for one, too."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"expected a noise level, got {text!r}: {advice}") from error
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"a noise level must be positive and finite, got {text}")
+        return value
+
+    return read
+
+
+def _kept(resume: str | None, message: str) -> str:
+    """Say what an interruption leaves behind. The message is the library's, from the first batch on."""
+    if resume is None:
+        return ", nothing is kept (estimate has --resume)"
+    if not os.path.exists(resume):
+        return f" before the first batch was finished: nothing is kept in {resume} yet"
+    return f": {message or f'run the same again to go on from {resume}'}"
 
 
 def _place(error: Exception) -> str:

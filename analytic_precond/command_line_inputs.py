@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +18,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from ._files import target_of
 from .fitted_preconditioning import FittedPreconditioning
 from .least_squares import LeastSquaresPreconditioning
 from .per_mode import PerModePreconditioning
@@ -29,6 +32,7 @@ Loaded = TeacherStatistics | FittedPreconditioning
 _FITTED = {
     kind.__name__: kind for kind in (LeastSquaresPreconditioning, PerModePreconditioning, ShiftedPreconditioning)
 }
+_WRITTEN = {"TeacherStatistics": "a file of statistics", "EstimationState": "a checkpoint"}
 _TENSOR_FILES = (".npy", ".npz", ".safetensors")
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
@@ -46,7 +50,7 @@ def load_teacher(teacher: str, data: str | None) -> tuple[object, object]:
     Raises:
         FileNotFoundError: If there is no such file.
         ImportError: If there is no such module or function.
-        TypeError: If a factory cannot be called without arguments.
+        TypeError: If a factory cannot be called without arguments, or returns something else.
         ValueError: If an argument is no such thing, or there are no data.
     """
     denoiser, own_data = _from_factory(teacher, "TEACHER"), None
@@ -54,6 +58,8 @@ def load_teacher(teacher: str, data: str | None) -> tuple[object, object]:
         if len(denoiser) != 2:
             raise ValueError(f"TEACHER must return a denoiser or (denoiser, data), got {len(denoiser)} values.")
         denoiser, own_data = denoiser
+    if denoiser is None:
+        raise TypeError(f"TEACHER must return a denoiser, but {teacher} returned None: does it return the denoiser?")
     if data is not None:
         return denoiser, _load_data(data)
     if own_data is None:
@@ -75,7 +81,14 @@ def load_file(path: str) -> Loaded:
         ValueError: If it is another one, or damaged.
     """
     kind = _FITTED.get(_kind_of(path))
-    return TeacherStatistics.load(path) if kind is None else kind.load(path)
+    return load_statistics(path) if kind is None else kind.load(path)
+
+
+def load_statistics(path: str) -> TeacherStatistics:
+    """Read a file of statistics; a checkpoint, which may be taken for one, is called one."""
+    if _kind_of(path) == "EstimationState":
+        raise ValueError(f"expected a file of results, got {path}: it is a checkpoint of a run: show its --output.")
+    return TeacherStatistics.load(path)
 
 
 def check_output(path: Path) -> None:
@@ -87,17 +100,29 @@ def check_output(path: Path) -> None:
     Raises:
         FileNotFoundError: If its folder does not exist.
         OSError: If nothing can be written there.
-        ValueError: If it is a folder.
+        ValueError: If it is a folder, a device or a pipe.
     """
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output must be in an existing folder, got {path.parent}: create it first.")
     if path.is_dir():
         raise ValueError(f"--output must be a file, got the folder {path}: add a file name.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output must be a regular file, got {path}, which is none: name another.")
+    path = target_of(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--output must be in an existing folder, got {path.parent}: create it first.")
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise OSError(error.errno, f"--output: nothing can be written to {path.parent} ({error.strerror})") from error
+
+
+def check_kind(path: str, option: str, kind: str) -> None:
+    """Refuse a file that an option names if it holds anything but some kind: perhaps it is somebody's data or code."""
+    if os.path.exists(path) and _kind_of(path) != kind:
+        raise ValueError(
+            f"{option} must be {_WRITTEN[kind]}, or one yet to come, got {path}, which is something else or damaged: "
+            f"name another."
+        )
 
 
 def _kind_of(path: str) -> str:
@@ -116,7 +141,7 @@ def _load_data(spec: str) -> object:
     if path.suffix.lower() not in (*_TENSOR_FILES, *_PICKLES) and ":" in spec:
         before, _, after = spec.rpartition(":")
         if Path(before).suffix.lower() not in _TENSOR_FILES:
-            return _from_factory(spec, "--data")
+            return _data_of(_from_factory(spec, "--data"), spec)
         path, name = Path(before), after
     if path.suffix.lower() in _PICKLES:
         raise ValueError(
@@ -135,11 +160,31 @@ def _load_data(spec: str) -> object:
         raise ValueError(f"--data must be a file of numbers, got {path}: {error}") from error
 
 
+def _data_of(result: object, spec: str) -> object:
+    if not isinstance(result, Iterable | Dataset):  # a tensor can be iterated over too
+        raise TypeError(
+            f"--data must name a function that returns a tensor, a Dataset, a DataLoader or batches, got {spec}, which "
+            f"returned {'None' if result is None else _an(result)}: let it return the data."
+        )
+    return result
+
+
+def _an(value: object) -> str:
+    name = type(value).__name__
+    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
+
+
 def _read_tensor(path: Path, name: str) -> Tensor:
     if path.suffix.lower() == ".npy":
-        _chosen([""], name)  # it has no names
+        if name:
+            raise ValueError(f"a .npy file has no names: leave out :{name}.")
+        with open(path, "rb") as file:
+            if file.read(6) != b"\x93NUMPY":  # numpy would take it for a pickle
+                raise ValueError("it is no .npy file.")
         return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))  # read as it is needed
     if path.suffix.lower() == ".npz":
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no .npz file, or damaged.")
         with np.load(path, allow_pickle=False) as arrays:
             return torch.from_numpy(arrays[_chosen(arrays.files, name)])
     with safe_open(path, framework="pt") as tensors:
@@ -167,7 +212,7 @@ def _from_factory(spec: str, argument: str) -> object:
     except AttributeError as error:
         raise ImportError(f"{argument}: there is no {name} in {module_name}.") from error
     if not callable(factory):
-        raise TypeError(f"{argument} must name a function, got {spec}, a {type(factory).__name__}: wrap it in one.")
+        raise TypeError(f"{argument} must name a function, got {spec}, {_an(factory)}: wrap it in one.")
     try:
         inspect.signature(factory).bind()
     except TypeError as error:

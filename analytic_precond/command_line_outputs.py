@@ -129,7 +129,9 @@ def comparison_as_text(first: TeacherStatistics, second: TeacherStatistics, foun
     """Return a comparison for people."""
     one, other = described(first), described(second)
     text = "".join(
-        f"{name}: {_word(name, one[name])} and {_word(name, other[name])}\n" for name in one if one[name] != other[name]
+        f"differs in {name.replace('_', ' ')}: {_word(name, one[name])} and {_word(name, other[name])}\n"
+        for name in one
+        if one[name] != other[name]
     )
     text += f"\n{'':10}{'largest':>12}  {'at':24}{'standard errors':>16}  at\n"
     for name, d in found.differences.items():

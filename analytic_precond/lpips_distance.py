@@ -1,4 +1,7 @@
-r"""LPIPS, the perceptual distance of CM and CTM. Needs lpips: ``pip install analytic-precond[lpips]``.
+r"""LPIPS, the perceptual distance of CM and CTM.
+
+Needs torchvision, from the same place as your PyTorch, and lpips: then ``pip install analytic-precond[lpips]``. In the
+other order pip may replace a CPU build of PyTorch (docs/howto/lpips-offline.md).
 
 With $f_k$ the features of an image after stage k of a network trained on ImageNet, each position's vector scaled to
 length 1, and weights $w_k$ fitted to people's judgements (Zhang et al. 2018):

@@ -30,7 +30,9 @@ def frozen_lpips(net: str, backbone: Weights | None, linear: Weights | None) -> 
         from torchvision.models import get_weight
     except ImportError as error:
         raise ImportError(
-            f"LPIPSDistance needs lpips and torchvision, got {error}: pip install 'analytic-precond[lpips]'."
+            f"LPIPSDistance needs lpips and torchvision, got {error}: install torchvision from the same place as your "
+            f"PyTorch (pytorch.org says how), then pip install 'analytic-precond[lpips]'; without the first step pip "
+            f"may replace a CPU build of PyTorch."
         ) from error
     except RuntimeError as error:  # "operator torchvision::nms does not exist"
         raise ImportError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pickle
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor
 
 import analytic_precond as ap
@@ -28,10 +30,11 @@ PAGE = (Path(__file__).parent.parent / "docs/command-line.md").read_text()
 TEACHERS = """
 import os
 import signal
+from pathlib import Path
 import torch
 import analytic_precond as ap
 
-DATA = torch.linspace(-1, 1, 60).sin().reshape(20, 3)
+DATA, COUNT = torch.linspace(-1, 1, 60).sin().reshape(20, 3), 20
 
 def teacher():
     print("loading")
@@ -48,6 +51,16 @@ def with_argument(x):
 
 def no_denoiser():
     return 3
+
+def nothing():
+    pass
+
+def without_level():
+    return Forgetful()
+
+class Forgetful(torch.nn.Module):
+    def forward(self, x):
+        return x
 
 def three():
     return 1, 2, 3
@@ -75,7 +88,8 @@ def interrupted():
     calls = []
     def denoiser(x, t):
         calls.append(len(x))
-        if len(calls) == 11 and os.path.exists("interrupt"):
+        at = int(Path("interrupt").read_text() or 11) if Path("interrupt").exists() else 0
+        if len(calls) == at:
             os.kill(os.getpid(), signal.SIGINT)
         return torch.tanh(x) + 0.1
     return denoiser
@@ -126,7 +140,7 @@ def strict_json(text: str) -> dict[str, Any]:
 
 
 def only_line(text: str) -> str:
-    (line,) = [line for line in text.splitlines() if not line.startswith(("loading", "statistics of"))]
+    (line,) = [line for line in text.splitlines() if line and not line.startswith(("loading", "statistics of"))]
     return line
 
 
@@ -222,12 +236,21 @@ def test_an_interrupted_estimate_goes_on(folder: Path, capsys: pytest.CaptureFix
     command += ["--batch-size", "4", "--output", "a.st", "--resume", "a.resume"]
     Path("interrupt").touch()
     assert main(command) == 130
-    assert capsys.readouterr().err.endswith("interrupted: run the same again to go on from a.resume\n")
+    kept = r"\ninterrupted: 4 of 20 clean samples .*are kept in a\.resume: call .* again .*\n$"
+    assert re.search(kept, capsys.readouterr().err)
     assert not (folder / "a.st").exists()
     Path("interrupt").unlink()
     assert main(command) == 0
     api(description="teachers:interrupted", batch_size=4).save("b.st")
     assert (folder / "a.st").read_bytes() == (folder / "b.st").read_bytes()
+
+
+def test_an_interruption_before_there_is_a_checkpoint_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("interrupt").write_text("1")
+    assert estimate("teachers:interrupted", "--data", "teachers:data", "--resume", "a.resume") == 130
+    expected = "\ninterrupted before the first batch was finished: nothing is kept in a.resume yet\n"
+    assert capsys.readouterr().err.endswith(expected)
+    assert not Path("a.resume").exists()
 
 
 def test_an_interruption_without_a_checkpoint_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -246,25 +269,41 @@ def test_an_interruption_without_a_checkpoint_says_so(capsys: pytest.CaptureFixt
         (["nowhere:make"], r"TEACHER: nowhere cannot be imported from .* \(No module named 'nowhere'\)"),
         (["nowhere.py:make"], r"TEACHER must name an existing file, got .*nowhere\.py"),
         (["teachers"], r"TEACHER must be package\.module:function or .*got 'teachers'"),
-        (["teachers:nothing"], r"TEACHER: there is no nothing in teachers"),
+        (["teachers:nobody"], r"TEACHER: there is no nobody in teachers"),
         (["teachers:DATA"], r"TEACHER must name a function, got teachers:DATA, a Tensor"),
+        (["teachers:COUNT"], r"TEACHER must name a function, got teachers:COUNT, an int"),
+        (["teachers:nothing"], r"teachers:nothing returned None: does it return the denoiser\?"),
+        (
+            ["teachers:without_level", "--data", "teachers:data"],
+            r"TEACHER must return a denoiser that is callable as D\(x, t\), got Forgetful \(.* positional .*\): wrap",
+        ),
         (["teachers:with_argument"], r"without arguments, .*got teachers:with_argument \(missing .*'x'\)"),
         (
             ["teachers:no_denoiser", "--data", "teachers:data"],
-            r"denoiser must be callable as denoiser\(x, t\), got int",
+            r"TEACHER must return a denoiser that is callable as D\(x, t\), got int",
         ),
         (["teachers:three"], r"TEACHER must return a denoiser or \(denoiser, data\), got 3 values"),
         (["teachers:missing_weights"], r"No such file or directory: 'weights.pt' \(.*teachers\.py, line \d+\)"),
         (["teachers:teacher"], r"data are needed, got none: give --data"),
-        (["teachers:teacher", "--data", "teachers:no_denoiser"], r"data must be a tensor .*got int"),
+        (
+            ["teachers:teacher", "--data", "teachers:no_denoiser"],
+            r"--data must .* returns a tensor, .*got teachers:no_denoiser, which returned an int",
+        ),
+        (["teachers:teacher", "--data", "teachers:nothing"], r"--data must .* returned None: let it return the data"),
         (["teachers:teacher", "--data", "x.pt"], r"runs no code when it is read, got x\.pt, a pickle"),
         (["teachers:teacher", "--data", "x.npy"], r"--data must be an existing file, got x\.npy"),
         (["teachers:teacher", "--data", "folder"], r"--data must be module:function or a file ending in .*'folder'"),
         (["teachers:both", "--num-levels", "4"], r"give --levels, or --num-levels, .*got both"),
         (["teachers:both", "--resume", "./a.st"], r"--resume must be another file than --output"),
+        (["teachers:both", "--resume", "teachers.py"], r"--resume must be a checkpoint, or one yet to come, got teach"),
+        (["teachers:both", "--device", "abacus"], r"--device must be one that torch has here, got abacus: Expected"),
+        pytest.param(
+            ["teachers:both", "--device", "cuda"], r"--device must be one that torch has here, got cuda: ", id="cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA"),
+        ),
         (["teachers:both", "--seed", "-1"], r"seed must be at least 0, got -1"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_one_line(arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert estimate(*arguments) == 2
     captured = capsys.readouterr()
@@ -281,9 +320,11 @@ def test_what_is_wrong_is_one_line(arguments: list[str], match: str, capsys: pyt
         ("two.npz", r"it holds \['a', 'b'\], not '': name one of them"),
         ("two.npz:c", r"it holds \['a', 'b'\], not 'c': name one of them"),
         ("words.npy", "can't convert np.ndarray of type numpy.str_"),
-        ("noise.npz", "contains pickled .object. data"),
+        ("noise.npz", r"it is no \.npz file, or damaged\.$"),
+        ("numbers.npy:images", r"a \.npy file has no names: leave out :images\.$"),
         ("noise.safetensors", "header"),
-        ("empty.npy", "No data left in file"),
+        ("empty.npy", r"it is no \.npy file\.$"),
+        ("text.npy", r"it is no \.npy file\.$"),
     ],
 )
 def test_files_of_anything_else_are_refused(file: str, match: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -297,6 +338,8 @@ def test_files_of_anything_else_are_refused(file: str, match: str, capsys: pytes
     np.save("words.npy", np.array(["a"]))
     Path("noise.npz").write_bytes(pickle.dumps([Trap()]))
     Path("noise.safetensors").write_bytes(b"\xff" * 64)
+    np.save("numbers.npy", np.zeros(2))
+    Path("text.npy").write_text("1 2 3\n")
     Path("empty.npy").touch()
     assert estimate("teachers:teacher", "--data", file) == 2
     line = only_line(capsys.readouterr().err)
@@ -309,6 +352,12 @@ def test_files_of_anything_else_are_refused(file: str, match: str, capsys: pytes
     [
         ("nowhere/a.st", r"--output must be in an existing folder, got nowhere"),
         (".", r"--output must be a file, got the folder"),
+        (os.devnull, r"--output must be a regular file, got .*, which is none: name another"),
+        ("pipe", r"--output must be a regular file, got pipe"),
+        ("dangling", r"--output must be in an existing folder, got .*nowhere: create it first"),
+        ("teachers.py", r"--output must be a file of statistics, or one yet to come, got teachers\.py, which is som"),
+        ("data.safetensors", r"--output must be a file of statistics, .*got data\.safetensors"),
+        ("link", r"--output must be a file of statistics, .*got link"),
         pytest.param(
             "/proc/self/a.st", r"--output: nothing can be written to /proc/self", id="unwritable",
             marks=pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder nobody can write to"),
@@ -316,13 +365,48 @@ def test_files_of_anything_else_are_refused(file: str, match: str, capsys: pytes
     ],
 )  # fmt: skip
 def test_an_output_is_tried_before_the_teacher_is_loaded(
-    output: str, match: str, capsys: pytest.CaptureFixture[str]
+    output: str, match: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert estimate("teachers:both", output=output) == 2
+    os.mkfifo("pipe")
+    Path("dangling").symlink_to("nowhere/a.st")
+    safetensors.torch.save_file({"images": torch.zeros(20, 3)}, "data.safetensors")
+    Path("link").symlink_to("data.safetensors")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    assert estimate("teachers.py:both", "--data", "data.safetensors", output=output) == 2
     captured = capsys.readouterr()
-    assert re.search(match, captured.err)
-    assert "loading" not in captured.err
+    assert re.search(rf"^error: (\[Errno \d+\] )?{match}", only_line(captured.err))
     assert "teachers" not in sys.modules
+    assert before == {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_is_written_through(there: bool, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere, names = folder / "elsewhere", {"a.st", "b.st", "a.png", "a.resume"}
+    elsewhere.mkdir()
+    for name in names:
+        (folder / name).symlink_to(f"elsewhere/{name}")
+    if there:
+        saved("a.st", seed=1)
+        saved("b.st", seed=1)
+        (elsewhere / "a.png").touch()
+        (elsewhere / ".a.resume.killed.tmp").touch()
+    assert estimate("teachers:teacher", "--data", "teachers:data", "--resume", "a.resume") == 0
+    saved("b.st")
+    assert main(["plot", "a.st", "--output", "a.png"]) == 0
+    assert all((folder / name).is_symlink() for name in names)
+    assert {path.name for path in elsewhere.iterdir()} == names
+    assert (elsewhere / "a.st").read_bytes() == (elsewhere / "b.st").read_bytes()
+    assert (elsewhere / "a.png").read_bytes().startswith(b"\x89PNG")
+    err = capsys.readouterr().err
+    assert "\nwritten to a.st\n" in err
+    assert err.endswith("written to a.png\n")
+
+
+def test_what_is_no_regular_file_is_not_replaced(folder: Path) -> None:
+    os.mkfifo("pipe")
+    with pytest.raises(ValueError, match="expected the path of a regular file to write, got pipe"):
+        saved("pipe")
+    assert not (folder / "pipe").is_file()
 
 
 def test_a_failed_estimate_leaves_the_previous_file(folder: Path) -> None:
@@ -361,7 +445,6 @@ def test_a_file_with_the_name_of_another_module_is_refused(capsys: pytest.Captur
         ["estimate", "a:b"],
         ["estimate", "a:b", "--output", "c", "--num-samples", "many"],
         ["estimate", "a:b", "--output", "c", "--batch-size", "big"],
-        ["estimate", "a:b", "--output", "c", "--device", "abacus"],
         ["show", "a", "--levels", "0"],
         ["show", "a", "--levels", "nan"],
         ["compare", "a"],
@@ -371,7 +454,37 @@ def test_wrong_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
-    assert "error: " in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "error: " in err
+    assert len(err.splitlines()) == 2  # one of usage
+    assert "_" not in err.partition("error: ")[2]  # argparse calls types by their names in the code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["show", "--levels", "80", "1", "a.st"], "got 'a.st': name files before --levels"),
+        (
+            ["plot", "--output", "a.png", "--what", "coefficients", "--from", "80", "a.st"],
+            "got 'a.st': name files before --from",
+        ),
+        (
+            ["estimate", "--output", "b.st", "--levels", "80", "t:make"],
+            "got 't:make': name the teacher before --levels",
+        ),
+    ],
+)
+def test_levels_swallow_what_follows(arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    usage, error = capsys.readouterr().err.splitlines()
+    assert re.match(rf"usage: python -m analytic_precond {arguments[0]} (FILE|TEACHER) ", usage)
+    assert error.endswith(f"expected a noise level, {match}")
+
+
+def test_the_number_of_levels_is_checked_by_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "teachers:both", "--num-levels", "1", "--output", "a.st"]) == 2
+    assert only_line(capsys.readouterr().err) == "error: --num-levels must be at least 2, got 1."
 
 
 # --- show
@@ -477,7 +590,9 @@ def test_other_files_are_refused(command: list[str], content: bytes | None, caps
         Path("other.st").write_bytes(content)
     assert main([*command, "other.st"]) == 2
     captured = capsys.readouterr()
-    assert re.search(r"^error: expected a TeacherStatistics 1 file.*other\.st", only_line(captured.err))
+    line = only_line(captured.err)
+    assert re.search(r"^error: expected a TeacherStatistics 1 file.*other\.st", line)
+    assert ("(it is no safetensors file)" in line) == (content is not None)
     assert captured.out == ""
 
 
@@ -485,8 +600,9 @@ def test_files_of_another_kind_are_named(capsys: pytest.CaptureFixture[str]) -> 
     saved(resume="a.resume")
     data = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
     ap.LeastSquaresPreconditioning.fit(linear_teacher, data, **FIT).save("fit.st")
-    assert main(["show", "a.resume"]) == 2
-    assert "its header says 'EstimationState 1'" in only_line(capsys.readouterr().err)
+    for command in (["show"], ["compare", "a.st"], ["plot", "--output", "a.png"]):
+        assert main([*command, "a.resume"]) == 2
+        assert only_line(capsys.readouterr().err).endswith("a.resume: it is a checkpoint of a run: show its --output.")
     for command in (["compare", "a.st"], ["plot", "--output", "a.png"]):
         assert main([*command, "fit.st"]) == 2
         assert "its header says 'LeastSquaresPreconditioning 1'" in only_line(capsys.readouterr().err)
@@ -535,8 +651,8 @@ def test_the_files_asked_for_are_drawn(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (["--output", "a.doc"], r"--output must end in one of .*\.png.*, got a\.doc"),
-        (["--output", "a"], r"--output must end in one of .*, got a"),
+        (["--output", "a.doc"], r"--output must end in \.png, \.pdf or \.svg, got a\.doc"),
+        (["--output", "a"], r"--output must end in .*, got a"),
         (["--output", "nowhere/a.png"], r"--output must be in an existing folder"),
         (["--output", "a.png", "--from", "1"], r"--from belongs to jumps"),
         (["--output", "a.png", "--what", "coefficients"], r"t must lie within each preconditioning's range, got 80, 5"),
@@ -568,7 +684,7 @@ def test_compare_tells_equal_from_other(capsys: pytest.CaptureFixture[str]) -> N
     other.save("c.st")
     assert main(["compare", "a.st", "b.st"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("seeds: 0 and 1\n\n")
+    assert out.startswith("differs in seeds: 0 and 1\n\n")
     assert "\nagree: no difference exceeds " in out
     assert main(["compare", "a.st", "c.st"]) == 1
     assert "\ndiffer: a difference exceeds " in capsys.readouterr().out
@@ -643,6 +759,24 @@ def test_a_closed_pipe_is_no_error(folder: Path) -> None:
 
 
 # --- docs/command-line.md
+
+
+def test_a_folder_of_pictures_is_data(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "folder.py").write_text(re.findall(r"^```python\n(# folder\.py\n.*?)^```$", PAGE, re.S | re.M)[0])
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 4, 5, 3), dtype=np.uint8)
+    pixels[0, 0, 0] = 0, 0, 255
+    (folder / "pictures").mkdir()
+    for number, picture in enumerate(pixels):
+        Image.fromarray(picture).save(folder / f"pictures/{number}.png")
+    monkeypatch.syspath_prepend(str(folder))
+    expected = pixels.astype("float32") / 127.5 - 1
+    images = importlib.import_module("folder").images()
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, torch.from_numpy(expected.transpose(0, 3, 1, 2)), rtol=0, atol=1e-6)
+    assert images[0, :, 0, 0].tolist() == [-1, -1, 1]
+    assert estimate("teachers:teacher", "--data", "folder:images", samples=8) == 0
+    assert ap.TeacherStatistics.load("a.st").header.sample_shape == (3, 4, 5)
+    del sys.modules["folder"]
 
 
 def numbers_and_words(text: str) -> tuple[list[float], list[str]]:
