@@ -1,24 +1,23 @@
 """Distil a teacher into a student that needs one or two steps: Consistency Trajectory Models, complete, on a CPU.
 
-As it stands it trains the quickstart's small U-Net on photograph patches and distils it, in a few minutes. Run it with
-``python examples/distill.py``; a run that was interrupted goes on when started again, on the CPU bit for bit.
-``--teacher`` takes an EDM checkpoint (``network-snapshot-*.pkl``), ``--data`` a folder or zip file of its images.
+As it stands it trains the quickstart's small U-Net on photograph patches and distils it, in a few minutes. A run that
+was interrupted goes on when started again, on the CPU bit for bit.
 """
 
 import argparse
 import copy
-import os
 import pickle
+import signal
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from quickstart import NetworkTeacher, UNet, load_patches, train_teacher
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -57,25 +56,21 @@ class TargetTime(nn.Module):
 def load_teacher(path: Path | None, data: Tensor, output: Path) -> tuple[ap.Denoiser, nn.Module, float]:
     """Return the teacher, a two-time network that starts as its copy, and the data's standard deviation."""
     if path is None or path.suffix == ".safetensors":
-        path = output / "teacher.safetensors" if path is None else path
+        torch.set_num_threads(1)  # so small a network gains little from more, and loses much where the machine is busy
+        path = path or output / "teacher.safetensors"
         if not path.exists():
-            trained = train_teacher(data, data.std().item())
-            save_file({**trained.network.state_dict(), "sigma_data": torch.tensor(trained.edm.sigma_data)}, path)
-        weights = load_file(path)
+            save({**train_teacher(data, data.std().item()).network.state_dict(), "sigma_data": data.std()}, path)
+        weights = safetensors.torch.load_file(path)
         teacher = NetworkTeacher(UNet(), weights.pop("sigma_data").item())
         teacher.network.load_state_dict(weights)
         network, sigma_data = UNet(two_times=True), teacher.edm.sigma_data
         ap.initialize_from_teacher(network, teacher.network, zero=["embed_target.2"])
         return teacher.eval().requires_grad_(False), network, sigma_data
-
     print(f"WARNING: {path} is a pickle, and loading it runs the code in it. Go on only with files that you trust.")
     try:
-        with path.open("rb") as file:
-            net = pickle.load(file)["ema"].eval().requires_grad_(False).float()
+        net = pickle.loads(path.read_bytes())["ema"].eval().requires_grad_(False).float()
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"--teacher: {error}: EDM's checkpoints need its code; put NVlabs/edm on PYTHONPATH"
-        ) from error
+        raise SystemExit(f"--teacher: {error}: EDM's files need its code, NVlabs/edm on PYTHONPATH") from error
     if getattr(net, "label_dim", 0):
         raise SystemExit(f"--teacher: expected an unconditional network, got one with {net.label_dim} classes")
     network = TargetTime(copy.deepcopy(net.model))
@@ -84,18 +79,17 @@ def load_teacher(path: Path | None, data: Tensor, output: Path) -> tuple[ap.Deno
 
 
 def save(state: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint; one that is interrupted leaves the last one as it was."""
-    torch.save(state, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
+    """Write a file; one that is interrupted leaves the last one as it was."""
+    with path.with_suffix(".tmp").open("wb") as file:
+        torch.save(state, file) if path.suffix == ".pt" else file.write(safetensors.torch.save(state))
+    path.with_suffix(".tmp").replace(path)
 
 
-def draw(history: list[list[float]], rows: dict[str, Tensor], output: Path) -> None:
+def draw(history: np.ndarray, rows: dict[str, Tensor], output: Path) -> None:
     """Write the training curves, and samples from the same noise in rows."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     panel = figure.subplots()
-    iterations, *curves = zip(*history, strict=True)
-    for steps, curve in zip(STEPS, curves, strict=True):
-        panel.plot(iterations, curve, label=f"steps: {steps}", marker=".")
+    panel.plot(history[:, 0], history[:, 1:], label=[f"steps: {steps}" for steps in STEPS], marker=".")
     panel.set(xlabel="iteration", ylabel="RMS distance to the teacher's samples", ylim=(0, None))
     panel.legend()
     figure.savefig(output / "curves.png", dpi=150)
@@ -110,23 +104,32 @@ def draw(history: list[list[float]], rows: dict[str, Tensor], output: Path) -> N
 
 def main() -> None:
     """Train."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("distill_output"), help="folder for all files")
-    parser.add_argument("--teacher", type=Path, help="EDM checkpoint (.pkl), or an example's teacher.safetensors")
-    parser.add_argument("--data", type=Path, help="folder or zip file of images; default: photograph patches")
-    parser.add_argument("--preconditioning", choices=("analytic", "ctm"), default="analytic")
-    parser.add_argument("--iterations", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--teacher", type=Path, help="EDM's .pkl or an example's teacher.safetensors; None: trains one")
+    parser.add_argument("--data", type=Path, help="folder or zip file of images; None: photograph patches")
+    parser.add_argument("--preconditioning", choices=("analytic", "ctm"), default="analytic", help="of the student")
+    parser.add_argument("--iterations", type=int, default=600, help="steps of training in all")
+    parser.add_argument("--batch-size", type=int, default=32, help="images in an iteration")
     parser.add_argument("--num-levels", type=int, default=18, help="levels of the training grid")
     parser.add_argument("--max-steps", type=int, default=17, help="most teacher steps in one jump")
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--learning-rate", type=float, default=4e-4, help="of the student's optimizer, RAdam")
     parser.add_argument("--ema", type=float, default=0.99, help="decay of the average; the paper takes 0.999")
     parser.add_argument("--num-samples", type=int, default=512, help="noisy samples per level for the statistics")
     parser.add_argument("--save-every", type=int, default=50, help="iterations between checkpoints")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
+    for name, path in ("teacher", args.teacher), ("data", args.data):
+        if path and not path.exists():
+            raise SystemExit(f"--{name}: no file or folder {path}")
     args.output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+
+    def interrupted(*_: Any) -> None:
+        kept = [*args.output.glob("checkpoint.pt"), *args.output.glob("*.safetensors"), "the start (nothing is kept)"]
+        raise SystemExit(f"\ninterrupted: the same command goes on from {kept[0]}")
+
+    signal.signal(signal.SIGINT, interrupted)
 
     # the teacher, its statistics, the student
     data = load_images(args.data) if args.data else load_patches()
@@ -144,8 +147,7 @@ def main() -> None:
     # what the student is compared with: the teacher's own samples from the same noise
     levels = ap.karras_noise_levels(args.num_levels)
     start = 80.0 * ap.draw_noise((64, *data.shape[1:]), torch.Generator().manual_seed(1), device=args.device)
-    with torch.no_grad():
-        ends = ap.solve_ode(teacher, start, ap.karras_noise_levels(40))
+    ends = ap.solve_ode(teacher, start, ap.karras_noise_levels(40))
     paths = {n: torch.linspace(0, args.num_levels - 1, n + 1).round().long().unique() for n in STEPS}
 
     # a checkpoint holds all that the next iteration depends on
@@ -164,8 +166,8 @@ def main() -> None:
         torch.cuda.set_rng_state_all([gpu.cpu() for gpu in state["dropout"][1:]])
         first, history = state["iteration"], state["history"]
 
-    bar = tqdm(initial=first, total=args.iterations, desc="distilling")
-    for iteration in range(first, args.iterations + 1):
+    bar = tqdm(range(first, args.iterations + 1), initial=first, total=args.iterations, desc="distilling")
+    for iteration in bar:
         due = iteration % args.save_every == 0 or iteration == args.iterations
         if due and (not history or history[-1][0] < iteration):
             model = average.module.eval()
@@ -177,7 +179,7 @@ def main() -> None:
             state |= {"iteration": iteration, "history": history, "generator": generator.get_state()}
             state["dropout"] = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
             save(state, checkpoint)
-            draw(history, {"teacher": ends, **rows}, args.output)
+            draw(np.array(history), {"teacher": ends, **rows}, args.output)
         if iteration == args.iterations:
             break
         x_0 = data[torch.randint(len(data), (args.batch_size,), generator=generator)].to(args.device)
@@ -190,8 +192,6 @@ def main() -> None:
         (loss + ap.adaptive_balance(loss, denoising, last_layer) * denoising).backward()
         optimizer.step()
         average.update_parameters(student)
-        bar.update()
-    bar.close()
     print(f"checkpoint, curves.png and samples.png are in {args.output.resolve()}")
 
 

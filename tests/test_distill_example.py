@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import time
@@ -118,6 +120,88 @@ def test_a_folder_of_images_another_preconditioning_and_refusals(folder: Path) -
     process = start(folder, "--data", str(folder / "empty"), "--output", str(folder / "none"))
     assert "expected png, jpg or webp images, found none" in process.communicate(timeout=200)[0]
     assert process.returncode == 1
+
+
+@pytest.fixture
+def distill(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The example as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    return importlib.import_module("distill")
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("--teacher", "nofile.pkl"), ("--teacher", "nofile.safetensors"), ("--data", "nofolder")]
+)
+def test_files_that_do_not_exist_are_named_in_one_line(
+    option: str, name: str, distill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["distill.py", option, name])
+    with pytest.raises(SystemExit, match=rf"^{option}: no file or folder {name}$"):
+        distill.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_explains_every_option_and_its_default(
+    distill: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--help"])
+    with pytest.raises(SystemExit):
+        distill.main()
+    text = capsys.readouterr().out
+    assert " ".join(text.split()).count("(default: ") == text.count("\n  --") == 13  # argparse: where there is a text
+    assert "`" not in text
+
+
+def test_its_own_teacher_takes_one_thread_and_a_file_for_everybody(
+    distill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An untrained one, that would otherwise take most of a minute to train."""
+
+    def trained(data: torch.Tensor, sigma_data: float) -> Any:
+        assert torch.get_num_threads() == 1
+        return distill.NetworkTeacher(distill.UNet(), sigma_data)
+
+    monkeypatch.setattr(distill, "train_teacher", trained)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        teacher, _, sigma_data = distill.load_teacher(None, torch.tensor([0.0, 1.0]), tmp_path)
+        monkeypatch.delattr(distill, "train_teacher")
+        again, *_ = distill.load_teacher(None, torch.zeros(2), tmp_path)  # from the file
+    finally:
+        torch.set_num_threads(threads)
+    assert sigma_data == pytest.approx(0.5**0.5)
+    assert_same(dict(again.state_dict()), dict(teacher.state_dict()))
+    (tmp_path / "new").touch()
+    assert (tmp_path / "teacher.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"new", "teacher.safetensors"}
+
+
+@pytest.mark.slow
+def test_interrupted_it_says_from_where_it_goes_on(folder: Path) -> None:
+    """By Ctrl-C, before there is anything to keep and after."""
+    command = [sys.executable, str(SCRIPT), "--output", str(folder / "none")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    output = ""
+    while "training the network" not in output and (character := process.stdout.read(1)):
+        output += character
+    process.send_signal(signal.SIGINT)
+    output += process.communicate(timeout=200)[0]
+    assert output.endswith("\ninterrupted: the same command goes on from the start (nothing is kept)\n")
+    assert process.returncode == 1
+    assert "Traceback" not in output
+
+    checkpoint = folder / "run" / "checkpoint.pt"
+    process = start(folder, "--data", str(folder / "images"), "--output", str(checkpoint.parent))
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=200)[0]
+    assert output.endswith(f"\ninterrupted: the same command goes on from {checkpoint}\n")
+    assert process.returncode == 1
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow

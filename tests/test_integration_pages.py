@@ -221,13 +221,45 @@ class GoldenEDMNetwork(nn.Module):
         return golden_network(x, 1000 * noise_labels)
 
 
-def test_edm() -> None:
-    assert_same(EDMPrecond(GoldenEDMNetwork())(X, T), "openai_edm_denoised", torch.float32)
-    dataset = [(((x + 1) * 127.5).to(torch.uint8).numpy(), np.zeros(0)) for x in images()]
-    namespace: Namespace = {"net": EDMPrecond(SongUNet()).eval().requires_grad_(False), "dataset": dataset}
-    run_page("edm.md", namespace)
+class ConditionalSongUNet(SongUNet):
+    """As training/networks.py with classes: a raw network that needs labels."""
 
-    student = namespace["student"]
+    def __init__(self, label_dim: int) -> None:
+        super().__init__()
+        self.map_label = nn.Linear(label_dim, 3)
+
+    def forward(
+        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        assert class_labels is not None
+        return super().forward(x, noise_labels, None, augment_labels) + self.map_label(class_labels)[:, :, None, None]
+
+
+def edm_training_loop(ddp, ema, teacher, loss_fn, augment_pipe, images, labels, loss_scaling, batch_gpu_total):  # type: ignore[no-untyped-def]
+    """As training/training_loop.py: the lines of the loss."""
+    loss = loss_fn(net=ddp, images=images, labels=labels, augment_pipe=augment_pipe)
+    loss.sum().mul(loss_scaling / batch_gpu_total).backward()
+    return loss
+
+
+@pytest.mark.parametrize("label_dim", [0, 5])
+def test_edm(label_dim: int) -> None:
+    assert_same(EDMPrecond(GoldenEDMNetwork())(X, T), "openai_edm_denoised", torch.float32)
+    pixels = ((images() + 1) * 127.5).to(torch.uint8).numpy()
+    classes = np.arange(len(pixels)) % max(label_dim, 1)
+    one_hot = (classes[:, None] == np.arange(label_dim)).astype(np.float32)  # (N, 0) without classes, as the data set's
+    net = EDMPrecond(ConditionalSongUNet(label_dim) if label_dim else SongUNet()).eval().requires_grad_(False)
+    net.label_dim = label_dim
+    namespace: Namespace = {"net": net, "dataset": list(zip(pixels, one_hot, strict=True))}
+    run_page("edm.md", namespace, edm_training_loop)
+
+    student, ema, labels = namespace["student"], namespace["ema"], namespace["labels"][:4]
+    assert labels.shape == (4, label_dim)
+    batch = namespace["images"][:4]
+    loss = namespace["edm_training_loop"](student, ema, namespace["teacher"], None, None, batch, labels, 1.0, 4)
+    assert loss.shape == (4,)
+    condition = {"class_labels": labels if label_dim else None}
+    assert ap.sample_deterministic(ema, 80.0 * batch, [80.0, 2.0, 0.002], **condition).shape == batch.shape
     gradients = {name: p.grad for name, p in student.named_parameters()}
     assert gradients["network.network.map_augment.3.weight"].abs().max() > 0  # the target time is learned
     assert gradients["network.network.enter.weight"].abs().max() > 0
@@ -481,22 +513,45 @@ def kdiffusion_training(inner_model, inner_model_ema, reals, noise, sigma, K, co
     return losses
 
 
+class SharedInnerModel(InnerModel):
+    """Both are the same network where a reader takes the student's for the teacher's."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedInnerModel:
+        return self
+
+
+def run_k_diffusion(network: type[InnerModel] = InnerModel) -> Namespace:
+    made = SimpleNamespace(
+        make_model=lambda config: network(),
+        make_denoiser_wrapper=lambda config: functools.partial(KDiffusionDenoiser, sigma_data=config["sigma_data"]),
+    )
+    namespace: Namespace = {"K": SimpleNamespace(config=made), "config": {"sigma_data": 0.4}, "device": "cpu"}
+    namespace |= {"weights": network().state_dict(), "reals": images(), "sigma_min": 0.01, "sigma_max": 80.0}
+    run_page("k-diffusion.md", namespace, kdiffusion_training)
+    return namespace
+
+
 def test_k_diffusion() -> None:
     golden = KDiffusionDenoiser(lambda x, sigma: golden_network(x, 250 * sigma.log()), sigma_data=0.5)  # type: ignore[arg-type]
     assert_same(golden(X, T), "openai_edm_denoised")
 
-    inner_model = InnerModel()
-    denoiser = KDiffusionDenoiser(inner_model, sigma_data=0.4).eval()
-    namespace: Namespace = {"denoiser": denoiser, "inner_model": inner_model, "device": "cpu", "reals": images()}
-    namespace |= {"sigma_min": 0.01, "sigma_max": 80.0}
-    run_page("k-diffusion.md", namespace, kdiffusion_training)
+    namespace = run_k_diffusion()
+    teacher_network, weights = namespace["teacher_network"], namespace["weights"]
     reals = images(num=32)
     network = InnerModel()
+    network.load_state_dict(weights)
     losses = namespace["kdiffusion_training"](
-        network, inner_model, reals, torch.randn_like(reals), None, None, None, None, {}
+        network, teacher_network, reals, torch.randn_like(reals), None, None, None, None, {}
     )
     assert losses.shape == (32,)
     assert network.exit.weight.grad.abs().max() > 0
+    # the page's own step of training, and this one
+    assert all(p.grad is None for p in teacher_network.parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in teacher_network.state_dict().items())
+
+
+def test_k_diffusion_teacher_is_not_trained() -> None:
+    assert_last_block_objects("k-diffusion.md", lambda: run_k_diffusion(SharedInnerModel))
 
 
 # huggingface/diffusers

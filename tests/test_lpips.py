@@ -494,7 +494,7 @@ class TestPackages:
         for loaded in [key for key in sys.modules if key.partition(".")[0] == "lpips"]:
             monkeypatch.delitem(sys.modules, loaded)
         monkeypatch.setitem(sys.modules, name, None)
-        with pytest.raises(ImportError, match=r"needs lpips and torchvision, got .*analytic-precond\[lpips\]"):
+        with pytest.raises(ImportError, match=r"got .*: install torchvision .* then pip .*analytic-precond\[lpips\]"):
             plain(backbone=state)
 
     def test_broken_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

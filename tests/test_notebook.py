@@ -85,6 +85,15 @@ def test_every_figure_is_there_and_explained(stored: Any) -> None:
     assert drawn == 9
 
 
+def test_it_says_how_to_open_it(stored: Any) -> None:
+    """The extra brings a kernel, for any editor, and no Jupyter Lab."""
+    lines = (
+        '.venv/bin/pip install -e ".[notebook]" jupyterlab',
+        ".venv/bin/jupyter lab examples/coefficient_curves.ipynb",
+    )
+    assert "\n".join(lines) in stored.cells[0].source
+
+
 def test_links_lead_somewhere(stored: Any) -> None:
     prose = [cell for cell in stored.cells if cell.cell_type == "markdown"]
     links = [link for cell in prose for link in re.findall(r"\]\(([^)#]+)", cell.source)]
