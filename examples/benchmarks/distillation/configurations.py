@@ -1,10 +1,12 @@
-"""The sizes of the benchmark: a two-core CPU in under an hour, one GPU, and a smoke test."""
+"""The sizes of the benchmark: a two-core CPU in under an hour, training to the plateau, one GPU, and a smoke test."""
 
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
 LONG = 3  # times as many iterations in long runs
+STEEP = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 3)  # dense at first, where curves are steep
+PLATEAU_SHARES = tuple(k / 16 for k in range(5, 17))  # twelve evaluations, where curves are flat
 BASELINE = "ctm-euler"
 ANALYTIC = ("analytic-backward", "analytic-forward")
 FITTED = ("least-squares", "per-mode-dct", "shifted")
@@ -22,6 +24,7 @@ class Problem:
         iterations: Of a student.
         relatives: Also compare the baselines' relatives.
         teacher_steps: Training steps of the teacher.
+        num_seeds: How many of the seeds each method is run with.
     """
 
     name: str
@@ -30,10 +33,10 @@ class Problem:
     iterations: int
     relatives: bool = False
     teacher_steps: int = 2500
+    num_seeds: int | None = None
 
-    def evaluations(self, iterations: int) -> list[int]:
-        """Return the iterations at which a run of some length is evaluated: dense at first, where curves are steep."""
-        shares = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 3 / 2, 2, 3)
+    def evaluations(self, iterations: int, shares: tuple[float, ...]) -> list[int]:
+        """Return the iterations at which a run of some length is evaluated."""
         return sorted({round(share * self.iterations) for share in shares if share * self.iterations <= iterations})
 
 
@@ -62,7 +65,8 @@ class Configuration:
         problems: The data sets.
         methods: The preconditionings compared, by their names in ``preconditionings.py``.
         relatives: More of them, compared where a problem says so.
-        seeds: Each method is run with all of them.
+        seeds: Each method is run with all of them, unless a problem has fewer.
+        shares: When a run is evaluated, in multiples of a problem's iterations.
         batch_size: Of teachers and students.
         learning_rate: Of the students.
         ema: Decay of the student's average: its target, and what is evaluated.
@@ -88,6 +92,7 @@ class Configuration:
     methods: tuple[str, ...] = (BASELINE, *ANALYTIC, *FITTED)
     relatives: tuple[str, ...] = RELATIVES
     seeds: tuple[int, ...] = (0, 1, 2)
+    shares: tuple[float, ...] = STEEP
     batch_size: int = 32
     learning_rate: float = 2e-3
     ema: float = 0.95
@@ -120,7 +125,7 @@ class Configuration:
         """Return all runs. A long run also serves as the short one that it begins with."""
         matrix = []
         for problem in self.problems:
-            for seed, method in product(self.seeds, self.methods_of(problem)):
+            for seed, method in product(self.seeds[: problem.num_seeds], self.methods_of(problem)):
                 is_long = seed == self.seeds[0] and method in self.long_methods
                 length = problem.iterations * (LONG if is_long else 1)
                 matrix.append(Run(problem.name, method, seed, self.learning_rate, length))
@@ -158,6 +163,23 @@ SMOKE = replace(
     num_gap_samples=8,
 )
 
+PLATEAU = replace(
+    CPU,
+    name="plateau",
+    problems=(
+        Problem("digits", size=8, width=16, iterations=3000, teacher_steps=6000),
+        Problem("textures", size=8, width=16, iterations=3000, teacher_steps=6000, num_seeds=5),
+        Problem("photographs", size=16, width=16, iterations=3000, teacher_steps=6000, num_seeds=5),
+    ),
+    methods=(BASELINE, "ctm-variance", "analytic-backward", "least-squares", "shifted"),
+    seeds=tuple(range(8)),
+    shares=(0, 1 / 128, 1 / 64, 1 / 32, 3 / 64, 1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4, *PLATEAU_SHARES),
+    ema=0.98,
+    sweep_rates=(),
+    long_methods=(),
+    num_samples=4096,
+)
+
 GPU = replace(
     CPU,
     name="gpu",
@@ -177,4 +199,4 @@ GPU = replace(
     processes=1,
 )
 
-CONFIGURATIONS = {configuration.name: configuration for configuration in (CPU, SMOKE, GPU)}
+CONFIGURATIONS = {configuration.name: configuration for configuration in (CPU, PLATEAU, SMOKE, GPU)}

@@ -57,7 +57,7 @@ def draw_curves(results: dict[Run, History], config: Configuration, problem: str
             runs = [run for run in runs if run and metric in run[0]]
             if runs:
                 _draw_curve(panel, name, np.array([[(p["iteration"], p[metric]) for p in run] for run in runs]))
-        panel.set_xscale("symlog", linthresh=size.evaluations(size.iterations)[1])
+        panel.set_xscale("symlog", linthresh=size.evaluations(size.iterations, config.shares)[1])
         panel.set(xlim=(0, length * size.iterations), yscale="log")
         _plain(panel.xaxis, subs=(1.0,))
         _plain(panel.yaxis)

@@ -145,11 +145,8 @@ class Evaluation:
                 result |= {f"{name}/{n}": value for name, value in self.checks(x).items()}
         if follows_ode:
             few = reference.start[: reference.trajectory.shape[1]]
-            middle = self.paths[2][1]
-            indices = range(1, len(self.levels)) if detailed else [middle]
-            errors = {i: (sample(few, [0, i]) - reference.trajectory[i]).square().mean() for i in indices}
-            relative = {i: (e / reference.trajectory[i].square().mean()).item() for i, e in errors.items()}
-            result["midpoint"] = relative[middle]
-            if detailed:
-                result["levels"] = list(relative.values())
+            points = list(enumerate(reference.trajectory))[1:]
+            errors = [(sample(few, [0, i]) - point).square().mean() / point.square().mean() for i, point in points]
+            result["levels"] = [error.item() for error in errors]
+            result["midpoint"] = result["levels"][self.paths[2][1] - 1]
         return result

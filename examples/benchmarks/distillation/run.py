@@ -2,6 +2,7 @@
 
 python examples/benchmarks/distillation/run.py            # two cores, under an hour
 python examples/benchmarks/distillation/run.py --smoke    # does everything work? under two minutes
+python examples/benchmarks/distillation/run.py --plateau  # until curves are flat: many hours
 python examples/benchmarks/distillation/run.py --gpu      # 32x32 patches, a U-Net of 10 million parameters
 """
 
@@ -76,6 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smoke", action="store_const", const="smoke", dest="size", help="does everything work?")
+    size.add_argument(
+        "--plateau", action="store_const", const="plateau", dest="size", help="train until curves are flat"
+    )
     size.add_argument("--gpu", action="store_const", const="gpu", dest="size", help="the larger benchmark")
     parser.set_defaults(size="cpu")
     parser.add_argument("--output", type=Path, default=ROOT / "distillation_output", help="folder for all results")

@@ -91,7 +91,7 @@ def train(run: Run, config: Configuration, folder: Path, count: Callable[[int], 
     order, times = (torch.Generator().manual_seed(1000 * run.seed + part) for part in (1, 2))
 
     few = reference.start[:16]
-    due, history, clock = problem.evaluations(run.iterations), [], Clock(config.device)
+    due, history, clock = problem.evaluations(run.iterations, config.shares), [], Clock(config.device)
     for iteration in range(run.iterations + 1):
         if iteration in due:
             detailed = iteration >= problem.iterations
