@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._checks import check_choice, check_tensor, network_dtype, wide_dtype
@@ -22,6 +22,7 @@ from .adapters import NetworkDenoiser
 from .noise_levels import expand_to
 from .ode_arguments import check_grid, per_sample, state_dtype, widen
 from .teacher import Denoiser
+from .teacher_inputs import modules_of
 
 
 def probability_flow_velocity(denoiser: Denoiser, x: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
@@ -196,8 +197,7 @@ class Velocity:
         check_tensor(x, "x")
         if x.ndim == 0:
             raise ValueError("x must be a batch of shape (B, ...), got shape (): add dimensions.")
-        modules = denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-        if any(isinstance(module, NetworkDenoiser) for module in modules):  # guided and compiled ones too
+        if any(isinstance(module, NetworkDenoiser) for module in modules_of(denoiser)):  # guided and compiled ones too
             return Velocity(denoiser, torch.promote_types(x.dtype, torch.float32), condition)
         return Velocity(denoiser, network_dtype(denoiser, x.dtype), condition)
 

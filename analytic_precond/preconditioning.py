@@ -163,7 +163,7 @@ class Preconditioning(FixedPrecisionModule):
             raise ValueError(f"denoised must have x_t's shape {tuple(x_t.shape)}, got {tuple(denoised.shape)}.")
         dtype = torch.promote_types(x_t.dtype, denoised.dtype)
         compute = torch.promote_types(dtype, torch.float32)
-        c_skip, c_out = (expand_to(c.to(compute), x_t) for c in self._per_sample(x_t, t, s))
+        c_skip, c_out = (expand_to(c.to(compute), x_t) for c in self._wide_for(x_t, t, s))
         return (c_skip * x_t + c_out * denoised).to(dtype)
 
     def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
@@ -191,7 +191,7 @@ class Preconditioning(FixedPrecisionModule):
         check_tensor(x_s, "x_s")
         if x_s.shape != x_t.shape:
             raise ValueError(f"x_s must have x_t's shape {tuple(x_t.shape)}, got {tuple(x_s.shape)}.")
-        c_skip, c_out = (expand_to(c, x_t) for c in self._per_sample(x_t, t, s))
+        c_skip, c_out = (expand_to(c, x_t) for c in self._wide_for(x_t, t, s))
         trivial = c_out == 0
         if x_t.device.type == "cpu" and not torch.compiler.is_compiling() and bool(trivial.any()):
             index = int(trivial.flatten().nonzero()[0]) // trivial.shape[1:].numel()  # the sample's
@@ -202,7 +202,7 @@ class Preconditioning(FixedPrecisionModule):
         required = (x_s.to(c_out.dtype) - c_skip * x_t.to(c_out.dtype)) / c_out
         return torch.where(trivial, torch.nan, required)
 
-    def _per_sample(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
+    def _wide_for(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return the coefficients in the widest dtype of x_t's device, of levels that fit x_t."""
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):

@@ -47,7 +47,7 @@ def keywords_of(
 ) -> dict[str, Any]:
     """Return the conditions of a batch, from what follows x in it, on the teacher's device."""
     if condition is None:
-        if extra and any(vars(module).get("label_dim") for module in _modules(denoiser)):  # EDM's take none for zeros
+        if extra and any(vars(module).get("label_dim") for module in modules_of(denoiser)):  # EDM's take none for zeros
             warnings.warn(
                 "the teacher is class-conditional, but does not get the labels that the batches hold: pass "
                 "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's.",
@@ -65,7 +65,7 @@ def keywords_of(
 
 def warn_if_training(denoiser: Denoiser) -> None:
     """Warn of a network that is in training mode and random or changed by its input in it."""
-    for module in _modules(denoiser):
+    for module in modules_of(denoiser):
         rate = module.p if isinstance(module, _DropoutNd) else vars(module).get("dropout")
         drops = isinstance(rate, int | float) and rate > 0
         if module.training and (drops or isinstance(module, _BatchNorm)):
@@ -77,5 +77,6 @@ def warn_if_training(denoiser: Denoiser) -> None:
             return
 
 
-def _modules(denoiser: Denoiser) -> Iterable[nn.Module]:
+def modules_of(denoiser: Denoiser) -> Iterable[nn.Module]:
+    """Return a teacher's modules, itself among them; none of a function."""
     return denoiser.modules() if isinstance(denoiser, nn.Module) else ()
