@@ -7,67 +7,64 @@ student -> loss, sampler.
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from .adapters import NetworkDenoiser, denoiser_from_edm, denoiser_from_network
-from .alignment import TrajectoryAlignment, trajectory_alignment
-from .analytic import AnalyticPreconditioning
-from .averaging import exponential_moving_average
-from .denoising import denoising_loss
-from .diagnostics import ConsistencyGap, GapMap, consistency_gap, gap_map
-from .diffusers_adapter import denoiser_from_diffusers
-from .distances import pseudo_huber, pseudo_huber_elementwise, squared_error
-from .edm import DenoiserScalings, EDMPreconditioning
-from .element_statistics import ElementStatistics
-from .ems import EMS, load_ems, save_ems
-from .estimation import estimate_statistics
-from .exact import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
-from .gap_plotting import plot_gap_map
-from .guidance import guide
-from .hand_crafted import (
-    BCMPreconditioning,
-    CMPreconditioning,
-    FlowMapPreconditioning,
-    LCMPreconditioning,
-    TrigFlowPreconditioning,
-)
-from .initialization import initialize_from_teacher
-from .jump_times import (
+from .diagnostics.consistency_gap import ConsistencyGap, GapMap, consistency_gap, gap_map
+from .diagnostics.plots import plot_gap_map, plot_preconditioning, plot_statistics
+from .diagnostics.teacher_check import check_teacher
+from .diagnostics.teacher_report import TeacherReport
+from .diagnostics.trajectory_alignment import TrajectoryAlignment, trajectory_alignment
+from .distillation.distances import pseudo_huber, pseudo_huber_elementwise, squared_error
+from .distillation.jump_times import (
     JumpTimes,
     ect_target_times,
     sample_adjacent_times,
     sample_continuous_times,
     sample_jump_times,
 )
-from .least_squares import LeastSquaresPreconditioning
-from .loss import Loss
-from .loss_balance import adaptive_balance
-from .losses import consistency_distillation_loss, trajectory_distillation_loss
-from .lpips_distance import LPIPSDistance, ResizeRule
-from .merging import merge_statistics
-from .noise_conditioning import NOISE_CONDITIONINGS
-from .noise_level_sampling import sample_karras_noise_levels, sample_lognormal_noise_levels
-from .noise_levels import expand_to, karras_noise_levels, log_noise_levels
-from .ode import euler_step, heun_step, probability_flow_velocity, solve_ode
-from .per_element import PerElementPreconditioning
-from .per_mode import PerModePreconditioning
-from .per_sample_ode import heun_solve, heun_solve_between
-from .plotting import plot_preconditioning, plot_statistics
-from .preconditioning import CTMPreconditioning, Preconditioning, Scalings
-from .presets import PAPER_EXPERIMENTS, PRESETS, PaperExperiment, Preset, paper_experiment, preset
-from .sample_noise import draw_noise, per_sample_generators
-from .samplers import SamplingStep, sample_deterministic, sample_gamma, sample_multistep, sample_one_step
-from .schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
-from .shared_dropout import SharedDropout
-from .shifted import ShiftedPreconditioning
-from .student import ConsistencyModel, ConsistencyTrajectoryModel
-from .teacher import Denoiser
-from .teacher_checks import check_teacher
-from .teacher_report import TeacherReport
-from .teacher_statistics import StatisticsHeader, TeacherStatistics
-from .vp_schedules import VPCosineSchedule, VPDiscreteSchedule, VPLinearSchedule
-from .weightings import WEIGHTINGS
+from .distillation.losses import consistency_distillation_loss, denoising_loss, trajectory_distillation_loss
+from .distillation.lpips import LPIPSDistance, ResizeRule
+from .distillation.student_passes import SharedDropout
+from .distillation.weighted_loss import Loss
+from .distillation.weightings import WEIGHTINGS, adaptive_balance
+from .estimation.estimate import estimate_statistics
+from .fitted_preconditionings.least_squares import LeastSquaresPreconditioning
+from .fitted_preconditionings.per_mode import PerModePreconditioning
+from .fitted_preconditionings.shifted import ShiftedPreconditioning
+from .noise_levels.grids import karras_noise_levels, log_noise_levels
+from .noise_levels.network_scalings import NOISE_CONDITIONINGS, DenoiserScalings, EDMPreconditioning
+from .noise_levels.per_sample import expand_to
+from .noise_levels.random_levels import sample_karras_noise_levels, sample_lognormal_noise_levels
+from .noise_levels.schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
+from .noise_levels.vp_schedules import VPCosineSchedule, VPDiscreteSchedule, VPLinearSchedule
+from .ode.solve import heun_solve, heun_solve_between, solve_ode
+from .ode.steps import euler_step, heun_step, probability_flow_velocity
+from .preconditionings.analytic import AnalyticPreconditioning
+from .preconditionings.base import Preconditioning, Scalings
+from .preconditionings.hand_crafted import (
+    BCMPreconditioning,
+    CMPreconditioning,
+    CTMPreconditioning,
+    FlowMapPreconditioning,
+    LCMPreconditioning,
+    TrigFlowPreconditioning,
+)
+from .preconditionings.per_element import PerElementPreconditioning
+from .sampling.noise import draw_noise, per_sample_generators
+from .sampling.samplers import SamplingStep, sample_deterministic, sample_gamma, sample_multistep, sample_one_step
+from .statistics.element_statistics import ElementStatistics
+from .statistics.ems import EMS, load_ems, save_ems
+from .statistics.merging import merge_statistics
+from .statistics.teacher_statistics import StatisticsHeader, TeacherStatistics
+from .students.consistency_models import ConsistencyModel, ConsistencyTrajectoryModel
+from .students.presets import PAPER_EXPERIMENTS, PRESETS, PaperExperiment, Preset, paper_experiment, preset
+from .students.weights import exponential_moving_average, initialize_from_teacher
+from .teachers.denoiser import Denoiser
+from .teachers.diffusers_models import denoiser_from_diffusers
+from .teachers.exact import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
+from .teachers.guidance import guide
+from .teachers.networks import NetworkDenoiser, denoiser_from_edm, denoiser_from_network
 
 if TYPE_CHECKING:
-    from .diffusers_scheduler import ConsistencyJumpScheduler
+    from .sampling.diffusers_scheduler import ConsistencyJumpScheduler
 
 __version__ = version("analytic-precond")
 
@@ -187,7 +184,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
 def __getattr__(name: str) -> object:
     """Import what needs diffusers only when it is asked for."""
     if name == "ConsistencyJumpScheduler":
-        from .diffusers_scheduler import ConsistencyJumpScheduler
+        from .sampling.diffusers_scheduler import ConsistencyJumpScheduler
 
         return ConsistencyJumpScheduler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,11 +1,11 @@
-"""Argument checks: each raises with what was expected, what came and what to do; none converts its argument."""
+r"""Argument checks: each raises with what was expected, what came and what to do; none converts its argument."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def check_tensor(value: object, name: str) -> None:
@@ -56,21 +56,6 @@ def check_levels(levels: object, name: str = "levels") -> None:
         )
 
 
-def check_noise_level(t: object, x: Tensor, name: str = "t") -> None:
-    """Refuse a noise level that is not one per sample of ``x`` (or a single one)."""
-    check_tensor(t, name)
-    assert isinstance(t, Tensor)
-    if t.ndim == x.ndim > 0:
-        fits = all(size in (1, full) for size, full in zip(t.shape, x.shape, strict=True))
-    else:
-        fits = t.ndim == 0 or t.shape == x.shape[:1] or t.shape == (1,)
-    if not fits:
-        raise ValueError(
-            f"{name} must hold one noise level per sample, shape {tuple(x.shape[:1])} for x of shape "
-            f"{tuple(x.shape)}, got shape {tuple(t.shape)}: pass t.expand(len(x)) for a common level."
-        )
-
-
 def check_count(value: object, minimum: int, name: str, advice: str = "") -> None:
     """Refuse anything but an integer of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -110,34 +95,3 @@ def check_reached(reached: object, x: Tensor) -> None:
             f"the student must return a tensor of x's shape {tuple(x.shape)}, got {got}: unwrap output objects, and "
             f"drop extra channels, in a function around it."
         )
-
-
-WITHOUT_FLOAT64 = ("mps",)  # Apple's
-"""Types of the devices that have no float64."""
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """The widest floating dtype that the device computes in: float64, or float32 where there is none."""
-    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
-
-
-def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return a number or a tensor on a device without waiting for it, as copying from the CPU does by default.
-
-    In the dtype asked for, but never in a float64 that the device does not have.
-    """
-    if dtype == torch.float64:
-        dtype = wide_dtype(device)
-    if isinstance(value, Tensor):
-        # MPS goes on to read a source that is gone (pytorch issue 189690)
-        return value.to(device, dtype, non_blocking=device.type != "mps")
-    return torch.full((), value, dtype=dtype, device=device)
-
-
-def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
-    """The dtype that a network's parameters have, ``default`` for one without; autocast does its own casts."""
-    if isinstance(network, nn.Module):
-        for parameter in network.parameters():  # a loop, which older torch.compile can trace too
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return default

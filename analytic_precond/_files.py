@@ -1,4 +1,4 @@
-"""Files of tensors with a header: safetensors, written atomically, never unpickled."""
+r"""Files of tensors with a header: safetensors, written atomically, never unpickled."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 _LARGEST_FILE = 2**34  # bytes: means of 120 levels of samples of 17 million elements; larger ones are holes or noise
+
 _LONGEST_HEADER = 2**22  # bytes: a million seeds
 
 

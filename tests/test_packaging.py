@@ -13,11 +13,11 @@ from email.message import Message
 from pathlib import Path
 
 import pytest
+from checkout import ROOT
 
 import analytic_precond as ap
 
-ROOT = Path(__file__).parent.parent
-MODULES = {f"analytic_precond/{path.name}" for path in (ROOT / "analytic_precond").glob("*.py")}
+MODULES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "analytic_precond").rglob("*.py")}
 
 
 def build(source: Path, folder: Path, *targets: str) -> None:
@@ -93,7 +93,7 @@ def test_metadata(metadata: Message) -> None:
 def test_extras_that_anything_names_exist(metadata: Message) -> None:
     extras = set(metadata.get_all("Provides-Extra", []))
     assert {"plot", "lpips", "examples", "benchmarks", "docs", "dev"} <= extras
-    texts = [*(ROOT / "analytic_precond").glob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    texts = [*(ROOT / "analytic_precond").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
     named = {
         extra.strip()
         for path in texts

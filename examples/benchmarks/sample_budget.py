@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import analytic_precond as ap
-from analytic_precond.orthonormal_bases import CosineBasis
+from analytic_precond.fitted_preconditionings.bases import CosineBasis
 
 sys.path.insert(0, str(Path(__file__).parent / "distillation"))
 from configurations import CPU, SMOKE

@@ -1,0 +1,129 @@
+r"""Modules whose numbers keep their precision."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WITHOUT_FLOAT64 = ("mps",)  # Apple's
+"""Types of the devices that have no float64."""
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The widest floating dtype that the device computes in: float64, or float32 where there is none."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a number or a tensor on a device without waiting for it, as copying from the CPU does by default.
+
+    In the dtype asked for, but never in a float64 that the device does not have.
+    """
+    if dtype == torch.float64:
+        dtype = wide_dtype(device)
+    if isinstance(value, Tensor):
+        # MPS goes on to read a source that is gone (pytorch issue 189690)
+        return value.to(device, dtype, non_blocking=device.type != "mps")
+    return torch.full((), value, dtype=dtype, device=device)
+
+
+def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
+    """The dtype that a network's parameters have, ``default`` for one without; autocast does its own casts."""
+    if isinstance(network, nn.Module):
+        for parameter in network.parameters():  # a loop, which older torch.compile can trace too
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return default
+
+
+class FixedPrecisionModule(nn.Module):
+    """A module whose buffers follow ``.to(device)`` but ignore ``.half()``, ``.bfloat16()`` and ``.to(dtype)``.
+
+    A mixed-precision training code casts the whole student; coefficients rounded to 8 bits would no longer meet the
+    boundary condition.
+
+    Where the device has no float64, float64 buffers stay on the CPU, so that what is saved, copied or moved on loses
+    nothing. The device gets float32 tensors, plain attributes, which Python finds before buffers of the same name.
+    """
+
+    narrow_device: torch.device | None = None  # where the float32 tensors are, if there are any
+    _narrow_names: tuple[str, ...] = ()
+
+    @property
+    def _device(self) -> torch.device:
+        """Where this, or the first of its parts that has numbers, computes."""
+        for module in self.modules():
+            for buffer in module.buffers(recurse=False):
+                narrow = module.narrow_device if isinstance(module, FixedPrecisionModule) else None
+                return narrow or buffer.device
+        return torch.get_default_device()
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Add a buffer, which autograd can use even where the module is made under ``torch.inference_mode``."""
+        if tensor is not None and tensor.is_inference():
+            with torch.inference_mode(False):
+                tensor = tensor.clone()
+        super().register_buffer(name, tensor, persistent)
+
+    def narrowed(self) -> dict[str, Tensor]:
+        """Return what a device without float64 computes with, on the CPU: the float64 buffers, rounded."""
+        return {name: buffer.float() for name, buffer in self.named_buffers(recurse=False) if _is_wide(buffer)}
+
+    def _narrow(self, device: torch.device | None) -> None:
+        """Make the float32 tensors that a device computes with, None for none."""
+        for name in self._narrow_names:
+            del self.__dict__[name]
+        tensors = {} if device is None else {name: tensor.to(device) for name, tensor in self.narrowed().items()}
+        self.__dict__.update(tensors)
+        self.narrow_device, self._narrow_names = device, tuple(tensors)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FixedPrecisionModule:
+        originals = dict(self._buffers)
+        device = self._device_without_float64(fn)
+        super()._apply(fn if device is None else lambda t: t if _is_wide(t) else fn(t), recurse)  # type: ignore[no-untyped-call]
+        for name, original in originals.items():
+            moved = self._buffers[name]
+            if original is not None and moved is not None and moved.dtype != original.dtype:
+                self._buffers[name] = original.to(moved.device)
+        self._narrow(device)
+        return self
+
+    def _device_without_float64(self, fn: Callable[[Tensor], Tensor]) -> torch.device | None:
+        """Return where ``fn`` moves tensors if no float64 can follow: float64 tensors themselves cannot tell."""
+        wide = next((buffer for buffer in self.buffers(recurse=False) if _is_wide(buffer)), None)
+        if wide is None:
+            return None
+        device = fn(torch.empty(0, device=self.narrow_device or wide.device)).device
+        return None if wide_dtype(device) == torch.float64 else device
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._narrow(self.narrow_device)
+
+
+class TableModule(FixedPrecisionModule):
+    """A table of a range of noise levels, whose ends Python knows too; a checkpoint that was cast is refused."""
+
+    @abstractmethod
+    def mirror_ends(self) -> None:
+        """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
+        errors: list[str],
+    ) -> None:  # fmt: skip
+        for name, own in self.named_buffers(recurse=False):
+            given = state_dict.get(prefix + name)
+            if isinstance(given, Tensor) and given.dtype != own.dtype:
+                errors.append(f"{prefix + name} must be {own.dtype}, got {given.dtype}: save the student uncast.")
+                return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.mirror_ends()
+
+
+def _is_wide(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float64

@@ -1,0 +1,1 @@
+"""A teacher's pass over data: sources of samples and noise, its arguments, memory, processes."""

@@ -1,0 +1,77 @@
+r"""What every pass of a teacher over data asks: how, where it runs, what it is told with a batch, its name."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from .._checks import check_count
+from ..teachers.denoiser import Denoiser, modules_of
+from .memory import BatchSize
+
+
+def check_request(batch_size: BatchSize, seed: int, condition: object, description: object) -> None:
+    """Refuse what no pass over the data can be made with."""
+    if batch_size != "auto":
+        check_count(batch_size, 1, "batch_size", 'Or let it be found: "auto".')
+    check_count(seed, 0, "seed")
+    if seed >= 2**64:
+        raise ValueError(f"seed must be below 2**64, got {seed}.")
+    if condition is not None and not callable(condition):
+        raise TypeError(f"condition must be callable, got {type(condition).__name__}: lambda label: {{'name': label}}.")
+    if not isinstance(description, str | None):
+        raise TypeError(f"description must be a str, got {description!r}.")
+
+
+def name_of(denoiser: Denoiser, description: str | None) -> str:
+    """Return the teacher in words: the description, or else its own name."""
+    return getattr(denoiser, "__qualname__", type(denoiser).__name__) if description is None else description
+
+
+def device_of(denoiser: Denoiser, data: object) -> torch.device | None:
+    """The teacher's device if it is a module that has one, else the data's if they are a tensor."""
+    tensor = data if isinstance(data, Tensor) else None
+    if isinstance(denoiser, nn.Module):
+        tensor = next(denoiser.parameters(), next(denoiser.buffers(), tensor))
+    return None if tensor is None else tensor.device
+
+
+def keywords_of(
+    condition: Callable[..., Mapping[str, Any]] | None, extra: tuple[Any, ...], denoiser: Denoiser, device: torch.device
+) -> dict[str, Any]:
+    """Return the conditions of a batch, from what follows x in it, on the teacher's device."""
+    if condition is None:
+        if extra and any(vars(module).get("label_dim") for module in modules_of(denoiser)):  # EDM's take none for zeros
+            warnings.warn(
+                "the teacher is class-conditional, but does not get the labels that the batches hold: pass "
+                "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's.",
+                stacklevel=3,
+            )
+        return {}
+    keywords = condition(*extra)
+    if not isinstance(keywords, Mapping):
+        raise TypeError(
+            f"condition must return a dict of the teacher's keyword arguments, got {type(keywords).__name__}: "
+            f"lambda label: {{'class_labels': label}}."
+        )
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in keywords.items()}
+
+
+def warn_if_training(denoiser: Denoiser) -> None:
+    """Warn of a network that is in training mode and random or changed by its input in it."""
+    for module in modules_of(denoiser):
+        rate = module.p if isinstance(module, _DropoutNd) else vars(module).get("dropout")
+        drops = isinstance(rate, int | float) and rate > 0
+        if module.training and (drops or isinstance(module, _BatchNorm)):
+            warnings.warn(
+                f"the teacher is in training mode, with {type(module).__name__}"
+                f"{f' and a dropout of {rate:g}' if drops else ''}: call .eval() on it first.",
+                stacklevel=3,
+            )
+            return

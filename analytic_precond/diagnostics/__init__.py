@@ -1,0 +1,1 @@
+"""How good a teacher, a preconditioning or a student is; pictures."""

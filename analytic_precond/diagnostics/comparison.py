@@ -1,0 +1,166 @@
+r"""Whether two estimates of a teacher's statistics agree: their differences, in units of their standard errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..interpolation.splines import Array
+from ..preconditionings.analytic import AnalyticPreconditioning
+from ..statistics.moments import jackknife
+from ..statistics.teacher_statistics import TeacherStatistics
+
+FALSE_ALARMS = 0.01
+"""The chance, at most, that two independent estimates of one teacher are said to differ."""
+
+_JUMP_ENDS = 12  # levels that jumps are compared between, so 66 jumps
+
+_NORMAL_95 = 1.959963984540054  # standard errors to each side make a 95 % interval, however few the groups
+
+Levels = tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far two estimates of one quantity are apart.
+
+    Attributes:
+        largest: The largest absolute difference.
+        largest_at: Where: the noise level ``(t,)``, or the jump ``(t, s)``.
+        most: The largest one in units of its standard error.
+        most_at: Where that is.
+    """
+
+    largest: float
+    largest_at: Levels
+    most: float
+    most_at: Levels
+
+
+@dataclass(frozen=True)
+class StatisticsComparison:
+    """What `compare_statistics` found.
+
+    Attributes:
+        differences: By quantity: ``"l"``, ``"s"``, ``"ln S"`` at all levels, ``"c_skip"``, ``"c_out"`` of jumps.
+        limit: The number of standard errors that no difference may exceed.
+    """
+
+    differences: dict[str, Difference]
+    limit: float
+
+    @property
+    def agree(self) -> bool:
+        """Whether all differences may be sampling noise."""
+        return all(difference.most <= self.limit for difference in self.differences.values())
+
+
+def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> StatisticsComparison:
+    r"""Compare two estimates at each noise level, and the jumps that follow from them.
+
+    Each of m quantities has a difference $\delta$ and its standard error, that of two independent estimates:
+
+    $$z = |\delta| \,/ \sqrt{e_1^2 + e_2^2 + \epsilon^2}$$
+
+    with the jackknife's errors $e$ (docs/method.md, section 6), also of $\ln S$ and the coefficients, and $\epsilon$
+    the rounding of the teacher's dtype. They agree if no z exceeds a limit that follows from Student's quantile for
+    the groups of the smaller estimate, and a chance of $0.01 / m$ each. However the m quantities are correlated, two
+    independent estimates of one teacher are then said to differ in at most one case of a hundred. The noise of
+    estimates with the same seed cancels in part: they differ by less than the errors say.
+
+    Args:
+        first: Statistics.
+        second: Statistics at the same levels, by whatever estimators, of whatever teacher.
+
+    Returns:
+        The largest differences, and whether they may be sampling noise.
+
+    Raises:
+        ValueError: If levels differ, there are too few samples for standard errors, or no jumps follow from the
+            statistics.
+
+    Examples:
+        >>> from analytic_precond import GaussianDenoiser, estimate_statistics
+        >>> data = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
+        >>> levels = torch.tensor([4.0, 2.0, 1.0])
+        >>> one, other = (
+        ...     estimate_statistics(GaussianDenoiser(c), data, levels, 256, progress=False) for c in (1.0, 1.5))
+        >>> comparison = compare_statistics(one, other)
+        >>> comparison.differences["l"].largest  # at t = 1: 1.5 / 2.5 - 1 / 2
+        0.1000
+        >>> comparison.agree
+        False
+    """
+    _check_levels(first.levels, second.levels)
+    groups = min(len(first.counts), len(second.counts))
+    if groups < 2:
+        raise ValueError(
+            f"statistics must have standard errors, got {min(first.num_samples, second.num_samples)} samples: take 8 "
+            f"at least."
+        )
+    rounding = max(torch.finfo(getattr(torch, part.header.precision)).eps for part in (first, second))
+    (values_1, errors_1), (values_2, errors_2) = _jackknifed(first), _jackknifed(second)
+    delta = np.abs(values_1 - values_2)
+    z = delta / np.sqrt(errors_1**2 + errors_2**2 + rounding**2)
+
+    level, t, s = _places(first)
+    at_levels, of_jumps = [(x,) for x in level.tolist()], list(zip(t.tolist(), s.tolist(), strict=True))
+    places: dict[str, list[Levels]] = {
+        "l": [*at_levels], "s": [*at_levels], "ln S": [*at_levels], "c_skip": [*of_jumps], "c_out": [*of_jumps]
+    }  # fmt: skip
+    differences, start = {}, 0
+    for name, where in places.items():
+        own = slice(start, start + len(where))
+        i, j = int(delta[own].argmax()), int(z[own].argmax())
+        differences[name] = Difference(float(delta[own][i]), where[i], float(z[own][j]), where[j])
+        start = own.stop
+    return StatisticsComparison(differences, _limit(groups, len(delta)))
+
+
+def _check_levels(first: Tensor, second: Tensor) -> None:
+    """Refuse other levels than the same, to float32 rounding."""
+    if first.shape == second.shape and torch.allclose(first, second, rtol=1e-6, atol=0):
+        return
+    index = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if abs(a - b) > 1e-6 * b), 0)
+    raise ValueError(
+        f"statistics must share their noise levels, got {len(first)} and {len(second)} of them, at index {index} "
+        f"{first[index]:g} and {second[index]:g}: estimate both on one grid."
+    )
+
+
+def _places(statistics: TeacherStatistics) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the levels, and from where to where the jumps go."""
+    levels = statistics.levels
+    index = torch.linspace(0, len(levels) - 1, min(_JUMP_ENDS, len(levels)), dtype=torch.float64).round().long()
+    start, end = torch.triu_indices(len(index), len(index), offset=1)
+    return levels, levels[index[start]], levels[index[end]]
+
+
+def _quantities(statistics: TeacherStatistics) -> Array:
+    """Return l, s, ln S at the levels and c_skip, c_out of the jumps, one after the other."""
+    levels, t, s = _places(statistics)
+    precond = AnalyticPreconditioning(statistics)
+    S_ratio = precond.integrals(levels[:1].expand_as(levels), levels).S_ratio
+    return torch.cat([statistics.l, statistics.s, S_ratio.log(), *precond(t, s)]).numpy()
+
+
+def _jackknifed(statistics: TeacherStatistics) -> tuple[Array, Array]:
+    """Return all quantities and their standard errors."""
+    counts, sums = statistics.counts, statistics.sums
+    parts = [statistics]
+    for group in range(len(counts)):
+        others = torch.arange(len(counts)) != group
+        parts.append(replace(statistics, counts=counts[others], sums=sums[others]))
+    rows = np.stack([_quantities(part) for part in parts])  # in the jackknife's order: all, then without each group
+    return jackknife(counts.numpy(), sums.numpy(), lambda _: [rows])[0]
+
+
+def _limit(groups: int, comparisons: int) -> float:
+    """Return how many standard errors one of so many differences exceeds with a chance of `FALSE_ALARMS` at most."""
+    from scipy.special import stdtrit
+
+    quantile, usual = (float(stdtrit(groups - 1, 1 - p / 2)) for p in (FALSE_ALARMS / comparisons, 0.05))
+    return quantile / usual * _NORMAL_95  # the errors carry Student's factor for 95 % already

@@ -1,0 +1,1 @@
+"""Training: times, distances, weightings, losses."""

@@ -1,0 +1,299 @@
+r"""What a student is distilled with (docs/distillation.md): consistency of neighbours, and of whole trajectories.
+
+Both start from clean data and noise that the caller drew, $x_t = x_0 + t\, n$, so that they use no randomness but
+dropout's. Nothing stalls the device as long as the times' indices are on the CPU; values are checked on the CPU only
+(`Loss.check` does it elsewhere).
+
+Denoising score matching, the loss of teachers, and an anchor for students.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .._checks import check_positive, check_reached, check_tensor
+from .._precision import place, wide_dtype
+from ..noise_levels.per_sample import expand_to, per_sample
+from ..ode.solve import heun_solve, heun_solve_between
+from ..teachers.denoiser import Denoiser
+from .distances import squared_error
+from .jump_times import JumpTimes
+from .student_passes import SharedDropout, through_input_only
+from .weighted_loss import Distance, Loss, add_noise, check_data, weighted_loss
+from .weightings import Weighting
+
+
+def consistency_distillation_loss(
+    denoiser: Denoiser | None,
+    student: Callable[..., Tensor],
+    target: Callable[..., Tensor],
+    x_0: Tensor,
+    noise: Tensor,
+    times: JumpTimes,
+    *,
+    distance: Distance = squared_error,
+    weighting: str | Weighting = "uniform",
+    sigma_data: float = 0.5,
+    num_steps: Tensor | int | None = None,
+    share_dropout: bool = True,
+    **condition: Any,
+) -> Loss:
+    r"""Compare a student's jumps from neighbouring points of a trajectory (Song et al. 2023).
+
+    $$w\, d\big(f_\theta(x_t, t, s),\ \bar f(x_u, u, s)\big), \qquad x_u = \text{teacher's Heun steps from } x_t$$
+
+    With times from `sample_adjacent_times` this is consistency distillation; without a teacher ($x_u = x_0 + u\, n$),
+    consistency training, whose u may be 0 (`ect_target_times`).
+
+    Args:
+        denoiser: The teacher; None for consistency training.
+        student: Called as ``student(x_t, t, s, **condition)``.
+        target: What it is compared with, called likewise without gradient: its average
+            (`exponential_moving_average`) or the student itself.
+        x_0: Clean data. Shape ``(B, ...)``.
+        noise: Standard normal noise $n$. Shape of ``x_0``.
+        times: Noise levels t, u, s, shape ``(B,)``.
+        distance: Maps two batches to one number per sample, shape ``(B,)``.
+        weighting: A name from ``WEIGHTINGS``, or a function of t, u, s and ``sigma_data``.
+        sigma_data: Standard deviation of the data, for the weighting.
+        num_steps: The teacher's steps from t to u where those are no levels of a grid: one number, or one per sample.
+            Default: as many as EDM's grid of 18 levels has there. Like the times, keep it on the CPU.
+        share_dropout: Give student and target the same dropout masks.
+        **condition: Handed to teacher, student and target.
+
+    Returns:
+        The loss and its terms.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If shapes do not fit, times are not $t \ge u \ge s$, or (on the CPU) the loss is not finite.
+
+    Examples:
+        >>> from analytic_precond import CTMPreconditioning, ConsistencyModel
+        >>> student = ConsistencyModel(lambda x, c_noise: 0 * x, CTMPreconditioning())
+        >>> levels = torch.tensor([2.0, 1.0, 0.002])
+        >>> times = JumpTimes(*levels[:, None])
+        >>> x_0 = torch.ones(1, 4)
+        >>> result = consistency_distillation_loss(lambda x, t: 0 * x, student, student, x_0, 0 * x_0, times)
+        >>> result.terms["estimate"]  # EDM's c_skip = 0.25 / 4.25, times 1 - s/t, plus s/t
+        tensor([[0.0598, 0.0598, 0.0598, 0.0598]])
+    """
+    _check(x_0, noise, times, num_steps, (student, target))
+    masks = _masks(share_dropout)
+    t, u, s = _levels(x_0, times)
+    x_t = add_noise(x_0, noise, t)
+    x_u = add_noise(x_0, noise, u) if denoiser is None else _follow(denoiser, x_t, times, num_steps, condition)
+    with masks:
+        estimate = _jump(student, x_t, t, s, condition)
+    with torch.no_grad(), masks:
+        start = u.where(u > 0, t)  # u = 0 is clean already, and no level to jump from
+        goal = _jump(target, x_u, start, s, condition).where(expand_to(u, x_u) > 0, x_u)
+    return weighted_loss(estimate, goal, {"t": t, "u": u, "s": s}, distance, weighting, sigma_data)
+
+
+def trajectory_distillation_loss(
+    denoiser: Denoiser | None,
+    student: Callable[..., Tensor],
+    target: Callable[..., Tensor],
+    x_0: Tensor,
+    noise: Tensor,
+    times: JumpTimes,
+    *,
+    distance: Distance = squared_error,
+    weighting: str | Weighting = "uniform",
+    sigma_data: float = 0.5,
+    inner: Callable[..., Tensor] | None = None,
+    sigma_min: float | None = None,
+    num_steps: Tensor | int | None = None,
+    share_dropout: bool = True,
+    **condition: Any,
+) -> Loss:
+    r"""Compare a student's jump with a teacher's steps and a shorter jump, in clean data (CTM, Kim et al. 2024).
+
+    With $\varepsilon = \sigma_{min}$ and the stop-gradient student $\bar f$, soft consistency asks that
+
+    $$w\, d\big(\bar f(f_\theta(x_t, t, s), s, \varepsilon),\ \bar f(\bar f(x_u, u, s), s, \varepsilon)\big),
+      \qquad x_u = \text{teacher's Heun steps from } x_t$$
+
+    be small. Gradients pass through $\bar f$'s input, never into its parameters. Members whose steps are done cost
+    no teacher call: each has its own t, u, s.
+
+    Args:
+        denoiser: The teacher; None to take $x_u = x_0 + u\, n$.
+        student: A two-time student, called as ``student(x_t, t, s, **condition)``.
+        target: The stop-gradient student $\bar f$: its average (`exponential_moving_average`) or the student itself.
+        x_0: Clean data. Shape ``(B, ...)``.
+        noise: Standard normal noise $n$. Shape of ``x_0``.
+        times: Noise levels from `sample_jump_times` or `sample_continuous_times`.
+        distance: Maps two batches to one number per sample, shape ``(B,)``.
+        weighting: A name from ``WEIGHTINGS``, or a function of t, u, s and ``sigma_data``.
+        sigma_data: Standard deviation of the data, for the weighting.
+        inner: What jumps from u to s on the target's side, without gradient. Default: ``target``. sony/ctm takes the
+            student itself, and its average for the jumps to $\varepsilon$ only.
+        sigma_min: The level at which both sides are compared. Default: the last of the times' grid, or 0.002.
+        num_steps: The teacher's steps from t to u where those are no levels of a grid: one number, or one per sample.
+            Default: as many as EDM's grid of 18 levels has there. Like the times, keep it on the CPU.
+        share_dropout: Give all passes the same dropout masks.
+        **condition: Handed to teacher, student and target.
+
+    Returns:
+        The loss and its terms.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If shapes do not fit, times are not $t \ge u \ge s$, or (on the CPU) the loss is not finite.
+
+    Examples:
+        >>> from analytic_precond import CTMPreconditioning, ConsistencyTrajectoryModel
+        >>> student = ConsistencyTrajectoryModel(lambda x, c_t, c_s: 0 * x, CTMPreconditioning())
+        >>> times = JumpTimes(*torch.tensor([[2.0], [1.0], [0.002]]))
+        >>> x_0 = torch.ones(1, 4)
+        >>> result = trajectory_distillation_loss(lambda x, t: 0 * x, student, student, x_0, 0 * x_0, times)
+        >>> result.terms["target"]  # the teacher's x_u = 1/2, times EDM's 0.25 / 1.25 and so on
+        tensor([[0.1008, 0.1008, 0.1008, 0.1008]])
+    """
+    inner = target if inner is None else inner
+    _check(x_0, noise, times, num_steps, (student, target, inner))
+    if sigma_min is not None:
+        check_positive(sigma_min, "sigma_min")
+    masks = _masks(share_dropout)
+    t, u, s = _levels(x_0, times)
+    x_t = add_noise(x_0, noise, t)
+    x_u = add_noise(x_0, noise, u) if denoiser is None else _follow(denoiser, x_t, times, num_steps, condition)
+    last = times.levels[-1] if sigma_min is None and times.levels is not None else sigma_min or 0.002
+    end = place(last, s.device, s.dtype).expand_as(s).minimum(s)  # float32 grids end at 0.0019999996
+    with masks:
+        x_s = _jump(student, x_t, t, s, condition)
+    with masks:
+        estimate = _without_parameters(target, x_s, s, end, condition)
+    with torch.no_grad():
+        with masks:
+            goal = _jump(inner, x_u, u, s, condition)
+        with masks:
+            goal = _jump(target, goal, s, end, condition)
+    return weighted_loss(estimate, goal, {"t": t, "u": u, "s": s}, distance, weighting, sigma_data)
+
+
+def _levels(x_0: Tensor, times: JumpTimes) -> tuple[Tensor, Tensor, Tensor]:
+    """Return t, u, s where the data are, in their dtype, float32 at least: students compute in it."""
+    dtype = torch.promote_types(x_0.dtype, torch.float32)
+    return place(times.t, x_0.device, dtype), place(times.u, x_0.device, dtype), place(times.s, x_0.device, dtype)
+
+
+@torch.no_grad()
+def _follow(
+    denoiser: Denoiser, x_t: Tensor, times: JumpTimes, num_steps: Tensor | int | None, condition: Mapping[str, Any]
+) -> Tensor:
+    """Return x_u, the teacher's. Times as they came: indices on the CPU let its steps be planned without waiting."""
+    if times.levels is not None and times.t_index is not None and times.u_index is not None:
+        return heun_solve(denoiser, x_t, times.levels, times.t_index, times.u_index, **condition)
+    steps = _steps_of_edm(times) if num_steps is None else num_steps
+    return heun_solve_between(denoiser, x_t, times.t, times.u, steps, **condition)
+
+
+def _steps_of_edm(times: JumpTimes) -> Tensor:
+    """Return as many steps as EDM's 18 levels from 80 to 0.002 have between t and u, at least 1."""
+    t, u = (level.to(wide_dtype(level.device)) ** (1 / 7) for level in (times.t, times.u))
+    span = (t - u) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
+    steps: Tensor = (17 * span - 1e-5).ceil()  # a whole number of them is that number in float32, too
+    return steps.clamp(min=1).long()
+
+
+def _jump(student: Callable[..., Tensor], x: Tensor, t: Tensor, s: Tensor, condition: Mapping[str, Any]) -> Tensor:
+    reached = student(x, t, s, **condition)
+    check_reached(reached, x)
+    return reached
+
+
+def _without_parameters(
+    student: Callable[..., Tensor], x: Tensor, t: Tensor, s: Tensor, condition: Mapping[str, Any]
+) -> Tensor:
+    """Call a student so that gradients reach its input but none of its parameters."""
+    if isinstance(student, DistributedDataParallel):  # whose reducer expects every pass to reach the parameters
+        student = student.module
+    if isinstance(student, nn.Module) and not any(p.requires_grad for p in student.parameters()):
+        return _jump(student, x, t, s, condition)
+    return through_input_only(lambda start: _jump(student, start, t, s, condition), x)
+
+
+def _masks(share: bool) -> AbstractContextManager[Any]:
+    return SharedDropout() if share else nullcontext()
+
+
+def _check(
+    x_0: Tensor, noise: Tensor, times: JumpTimes, num_steps: Tensor | int | None, students: Sequence[object]
+) -> None:
+    """Refuse bad arguments before any network is called."""
+    check_data(x_0, noise)
+    for student in students:
+        if not callable(student):
+            raise TypeError(f"student and target must be callable as student(x_t, t, s), got {type(student).__name__}.")
+    if not isinstance(times, JumpTimes):
+        raise TypeError(
+            f"times must be JumpTimes, got {type(times).__name__}: take sample_jump_times, or JumpTimes(t, u, s)."
+        )
+    t, u, s = times.t, times.u, times.s
+    for name, level in (("t", t), ("u", u), ("s", s)):
+        check_tensor(level, f"times.{name}")
+        if level.shape != x_0.shape[:1]:
+            raise ValueError(f"times.{name} must have shape {tuple(x_0.shape[:1])}, got {tuple(level.shape)}.")
+    if num_steps is not None and times.levels is not None and times.t_index is not None:
+        raise ValueError(f"num_steps must be None, as the times' grid says how many steps to take, got {num_steps!r}.")
+    if t.device.type == u.device.type == s.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = ~((t > 0) & (t >= u) & (u >= s) & (s >= 0))
+        if bool(wrong.any()):
+            index = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"times must be t >= u >= s >= 0 with t > 0, got t = {t[index].item():.6g}, u = {u[index].item():.6g}, "
+                f"s = {s[index].item():.6g} for sample {index}: noise levels fall from t to s."
+            )
+
+
+def denoising_loss(
+    denoiser: Denoiser,
+    x_0: Tensor,
+    noise: Tensor,
+    t: Tensor | float,
+    *,
+    distance: Distance = squared_error,
+    weighting: str | Weighting = "karras",
+    sigma_data: float = 0.5,
+    **condition: Any,
+) -> Loss:
+    r"""Denoising score matching: $w(t)\, d\big(D(x_0 + t\, n, t), x_0\big)$ (Karras et al. 2022).
+
+    CTM adds it to its trajectory loss with the student's own denoiser, weighted by `adaptive_balance`.
+
+    Args:
+        denoiser: What is trained: ``student.denoise`` (``wrapper.module.denoise`` of a wrapped one), or a teacher.
+        x_0: Clean data. Shape ``(B, ...)``.
+        noise: Standard normal noise $n$. Shape of ``x_0``.
+        t: Noise levels, e.g. from `sample_lognormal_noise_levels`, positive. Shape ``(B,)``, or one for all.
+        distance: Maps two batches to one number per sample, shape ``(B,)``.
+        weighting: A name from ``WEIGHTINGS`` that rests on t alone, or a function; EDM's by default.
+        sigma_data: Standard deviation of the data, for the weighting.
+        **condition: Handed to the denoiser.
+
+    Returns:
+        The loss and its terms.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If shapes do not fit or (on the CPU) the loss is not finite.
+
+    Examples:
+        >>> from torch import ones
+        >>> x_0 = ones(1, 2)
+        >>> denoising_loss(lambda x, t: 0 * x, x_0, 0 * x_0, ones(1)).loss  # 1 / 1^2 + 1 / 0.5^2
+        tensor(5.)
+    """
+    check_data(x_0, noise)
+    t = per_sample(t, x_0, "t").to(torch.promote_types(x_0.dtype, torch.float32))
+    x_t = add_noise(x_0, noise, t)
+    return weighted_loss(denoiser(x_t, t, **condition), x_0, {"t": t}, distance, weighting, sigma_data)

@@ -1,0 +1,1 @@
+"""From a teacher and data to its statistics."""

@@ -1,0 +1,242 @@
+r"""Least-squares jumps with coefficients of their own for every mode of a basis (docs/method.md, section 11)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_positive, check_tensor
+from ..data.memory import BatchSize
+from ..noise_levels.per_sample import expand_to, per_sample
+from ..preconditionings.base import Scalings
+from ..teachers.denoiser import Condition, Denoiser
+from .bases import CosineBasis, MatrixBasis, OrthonormalBasis, check_basis, choose_basis, tie_modes
+from .fitted import FitHeader, FittedPreconditioning, expect
+from .follow import Coordinates, measure_trajectories
+from .jump_regression import regress_groups
+from .jump_table import JumpTable
+from .trajectory_moments import trajectory_moments
+
+_BLOCKS = 8  # of trajectories; their spread tells what of a mode's own c_out is noise
+
+
+class PerModePreconditioning(FittedPreconditioning):
+    r"""The best jumps with one pair of coefficients for each mode k of an orthonormal basis Q.
+
+    $$x_s = Q\, \big( c_{skip} \odot Q^T x_t + c_{out} \odot Q^T D(x_t, t) \big), \qquad
+      (c_{skip}, c_{out})_k = \arg\min E\, \big( x_{s,k} - c_{skip,k}\, x_{t,k} - c_{out,k}\, D_k \big)^2$$
+
+    over the teacher's own ODE. Data whose modes are independent Gaussians are carried to any level exactly, before any
+    training. Made by `PerModePreconditioning.fit` or `PerModePreconditioning.load`.
+
+    A mode's c_out is drawn to that of `LeastSquaresPreconditioning` as far as sampling noise hides the difference, or D
+    is a multiple of x there; its c_skip makes up for it. c_out is never less than half of an Euler step's $1 - s/t$.
+
+    Called with levels, it returns coefficients of shape ``(*levels, *mode_shape)``; for ``"dct"`` the modes have the
+    sample's shape, the lowest frequency first, else they are numbered. A module without parameters: tables and basis
+    travel in the state dict, move with ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
+
+    Args:
+        table: The coefficients of each group of modes.
+        header: How they were fitted.
+        sigma_data: Standard deviation of the data, for `on_network`.
+        basis: The basis.
+        groups: The group of each mode. int64, as many as a sample has elements.
+
+    Examples:
+        >>> from analytic_precond import GaussianDenoiser
+        >>> variances = torch.tensor([[1.0, 0.25], [0.04, 0.0]])
+        >>> data = variances.sqrt() * torch.randn(64, 2, 2, generator=torch.Generator().manual_seed(0))
+        >>> precond = PerModePreconditioning.fit(
+        ...     GaussianDenoiser(variances), data, num_trajectories=64, basis=torch.eye(4), progress=False
+        ... )
+        >>> D = variances / (variances + 1)  # of ones
+        >>> precond.jump(torch.ones(1, 2, 2), D[None], 1.0, 0.5)  # sqrt((c + 0.25) / (c + 1))
+        tensor([[[0.7906, 0.6325], [0.5281, 0.5000]]])
+    """
+
+    groups: Tensor
+
+    def __init__(
+        self, table: JumpTable, header: FitHeader, sigma_data: float, basis: OrthonormalBasis, groups: Tensor
+    ) -> None:
+        super().__init__(table, header, sigma_data)
+        self.basis = basis
+        self.register_buffer("groups", groups)
+
+    @classmethod
+    def fit(
+        cls,
+        denoiser: Denoiser,
+        data: object,
+        levels: Tensor | None = None,
+        num_trajectories: int = 2048,
+        batch_size: BatchSize = 256,
+        seed: int = 0,
+        sigma_data: float = 0.5,
+        progress: bool = True,
+        *,
+        basis: str | Tensor = "dct",
+        condition: Callable[..., Condition] | None = None,
+        device: torch.device | str | None = None,
+        description: str | None = None,
+    ) -> PerModePreconditioning:
+        r"""Follow the teacher's trajectories, and regress mode by mode.
+
+        Costs as many passes of the teacher as `LeastSquaresPreconditioning.fit`. The clean samples are held in memory,
+        to choose the basis and to group modes: those of more than 256 (in a channel, of 256 divided by the number of
+        channels) share coefficients where their variances in the data are close.
+
+        Args:
+            denoiser: The teacher, as for `LeastSquaresPreconditioning.fit`.
+            data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset, a DataLoader or an iterable of
+                batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
+            levels: Decreasing noise levels to regress at. Default: 40 from 80 to 0.002, uniform in lambda.
+            num_trajectories: Number of trajectories.
+            batch_size: Largest batch that the teacher sees. ``"auto"`` begins at 256 and halves it where memory runs
+                out. It does not change the result, beyond rounding.
+            seed: Seed of noise and data order; the same seed gives the same numbers. The global RNG is left as it was.
+            sigma_data: Standard deviation of the data, for `on_network`.
+            progress: Show a progress bar.
+            basis: ``"dct"``, the cosine transform of images ``(C, H, W)`` or ``(H, W)`` of any size, across channels
+                too where that separates the data's modes better, as it does red, green and blue; ``"pca"``, the
+                eigenvectors of the data's covariance, for up to 4096 elements; or orthonormal columns of shape
+                ``(d, d)``.
+            condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments.
+            device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
+            description: The teacher in words, for the file's header. Default: its name.
+
+        Returns:
+            The preconditioning, on the CPU, for jumps between ``levels[0]`` and ``levels[-1]``.
+
+        Raises:
+            TypeError: If an argument has the wrong type, or data are not floating-point.
+            ValueError: If an argument is out of range, samples have no such basis, data are empty or not finite, or
+                the teacher returns a wrong shape or a value that is not finite (the error names the level).
+        """
+        check_basis(basis)
+        check_positive(sigma_data, "sigma_data")
+        chosen: list[tuple[OrthonormalBasis, Tensor]] = []
+
+        def coordinates(batches: list[Tensor], sigma_min: float) -> Coordinates:
+            modes, variances = choose_basis(basis, batches, sigma_min**2)
+            groups = tie_modes(variances, sigma_min**2)
+            chosen.append((modes, groups))
+            members = [(groups == g).nonzero()[:, 0].to(batches[0].device) for g in range(int(groups.max()) + 1)]
+            return Coordinates(members, lambda x: modes.to_modes(x).flatten(1))
+
+        blocks = min(_BLOCKS, num_trajectories)
+        moments, header = measure_trajectories(
+            denoiser, data, levels, num_trajectories, batch_size, seed, condition, device, description,
+            lambda starts, levels, axes: trajectory_moments(
+                denoiser, starts, levels, num_trajectories, blocks, *axes, progress, batch_size
+            ), coordinates,
+        )  # fmt: skip
+        table = JumpTable.of(moments.levels, *regress_groups(moments, header.precision), torch.float32)
+        ((modes, groups),) = chosen
+        return cls(table, header, sigma_data, modes.cpu(), groups)
+
+    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
+        """Return the groups' coefficients for valid levels. Shape ``(G, *t.shape)``."""
+        return self.table.jumps(t, s)
+
+    def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """Return x_s: both arguments transformed, combined, and transformed back.
+
+        Args:
+            x_t: Noisy data at level ``t``. Shape ``(B, *sample_shape)``.
+            denoised: The denoiser's output. Shape of ``x_t``.
+            t: Noise levels to start from. Shape ``(B,)``, or one for all.
+            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
+
+        Returns:
+            The data at level ``s``, in the wider of the two tensors' dtypes. Shape of ``x_t``.
+
+        Raises:
+            TypeError: If an argument is not a floating-point tensor.
+            ValueError: If the shapes do not fit.
+        """
+        self._check(x_t, denoised, "denoised")
+        dtype = torch.promote_types(x_t.dtype, denoised.dtype)
+        x, D = (v.to(torch.promote_types(dtype, torch.float32)) for v in (x_t, denoised))
+        groups = super()._wide(per_sample(t, x, "t"), per_sample(s, x, "s"), x.device)
+        # all modes as the first group, and the others' differences: s = t leaves x as it is, to the bit
+        first_skip, first_out = (expand_to(c[0].to(x.dtype), x) for c in groups)
+        own_skip, own_out = (self._by_mode((c - c[0]).to(x.dtype)) for c in groups)
+        with torch.autocast(x.device.type, enabled=False):
+            own = own_skip * self.basis.to_modes(x) + own_out * self.basis.to_modes(D)
+            return (first_skip * x + first_out * D + self.basis.from_modes(own)).to(dtype)
+
+    def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """Return the denoiser output with which the jump lands on ``x_s``: the inverse of `jump`.
+
+        Args:
+            x_t: Noisy data at level ``t``. Shape ``(B, *sample_shape)``.
+            x_s: Where the jump is to land. Shape of ``x_t``.
+            t: Noise levels to start from. Shape ``(B,)``, or one for all.
+            s: Noise levels to reach, below ``t``. Shape ``(B,)``, or one for all.
+
+        Returns:
+            The output, computed and returned in float64 (float32 where a device has none). Shape of ``x_t``. Off the
+            CPU, where s = t is not looked for, such samples are NaN.
+
+        Raises:
+            TypeError: If an argument is not a floating-point tensor.
+            ValueError: If the shapes do not fit, or s = t, where the jump ignores the denoiser.
+        """
+        self._check(x_t, x_s, "x_s")
+        t, s = per_sample(t, x_t, "t"), per_sample(s, x_t, "s")
+        modes_t, modes_s = (self.basis.to_modes(x.to(t.dtype)) for x in (x_t, x_s))
+        return self.basis.from_modes(super().required_output(modes_t, modes_s, t, s))
+
+    def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
+        """Return the modes' coefficients in the widest dtype, after all checks. Shape ``(*levels, *mode_shape)``."""
+        c_skip, c_out = super()._wide(t, s, device)
+        return Scalings(self._by_mode(c_skip), self._by_mode(c_out))
+
+    def _by_mode(self, c: Tensor) -> Tensor:
+        by_mode: Tensor = c.movedim(0, -1).index_select(-1, self.groups).unflatten(-1, self.basis.mode_shape)
+        return by_mode
+
+    def _check(self, x_t: Tensor, other: Tensor, name: str) -> None:
+        check_tensor(x_t, "x_t")
+        check_tensor(other, name)
+        if x_t.shape[1:] != self.basis.sample_shape:
+            raise ValueError(
+                f"x_t must hold samples of shape {self.basis.sample_shape}, got x_t of shape {tuple(x_t.shape)}: modes "
+                f"belong to one size, fit another preconditioning for others."
+            )
+        if other.shape != x_t.shape:
+            raise ValueError(f"{name} must have x_t's shape {tuple(x_t.shape)}, got {tuple(other.shape)}.")
+
+    def _to_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if isinstance(self.basis, CosineBasis):
+            return {"basis": "dct", "mix_channels": self.basis.mix_channels}, {"groups": self.groups}
+        return {"basis": "matrix"}, {"groups": self.groups, "matrix": self.basis.state_dict()["matrix"]}
+
+    @classmethod
+    def _from_file(
+        cls,
+        table: JumpTable,
+        fit: FitHeader,
+        sigma_data: float,
+        header: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+    ) -> PerModePreconditioning:
+        size = math.prod(fit.sample_shape)
+        groups = expect(tensors, "groups", (size,), torch.int64)
+        if not bool(((groups >= 0) & (groups < table.num_jumps)).all()):
+            raise ValueError(f"groups must be from 0 to {table.num_jumps - 1}, got {groups.min()} to {groups.max()}")
+        basis: OrthonormalBasis
+        if header.get("basis") == "dct":
+            basis = CosineBasis(fit.sample_shape, header.get("mix_channels") is True)
+        else:
+            basis = MatrixBasis(fit.sample_shape, expect(tensors, "matrix", (size, size), torch.float64))
+        x = torch.ones(1, *fit.sample_shape, dtype=torch.float64, device="cpu")
+        if not bool(((basis.from_modes(basis.to_modes(x)) - x).abs() <= 1e-5 * size).all()):
+            raise ValueError("matrix must have orthonormal columns")
+        return cls(table, fit, sigma_data, basis, groups)

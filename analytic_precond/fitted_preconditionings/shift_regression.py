@@ -1,0 +1,190 @@
+r"""At which noise level to ask, and the best linear jump given the answer (docs/method.md, section 12).
+
+For each jump the miss of the best linear combination of $x_t$ and the teacher's answer is a function of the level q at
+which it is asked. The levels are chosen together: as low a miss as possible for each jump, with a table of
+$u = \ln(t / q)$ that is smooth in (t, s). Given q, a and b are the regression of `jump_regression`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.polynomial.polynomial import polyfit
+from numpy.typing import NDArray
+from scipy.interpolate import CubicSpline, make_interp_spline
+from scipy.optimize import minimize
+from scipy.sparse import csr_array
+
+from ..statistics.moments import Array, reference
+from .jump_regression import LEAST_A, NETWORK, ridge_of, rounding_of
+from .trajectory_moments import ShiftMoments
+
+Indices = NDArray[np.intp]
+
+_PLACES = np.linspace(0, 1, 65)  # in units of ln(t / s), where the miss is tabulated
+
+_SMOOTHNESS = 1.0  # weight of u's squared second derivatives in lambda, against the logarithm of the miss
+
+_PULL = 0.005  # weight of u's square, which decides where the miss does not
+
+
+class ShiftedRegression(NamedTuple):
+    """Coefficients for all pairs of levels, t first; for s > t what continues them smoothly. Shapes ``(K, K)``.
+
+    Attributes:
+        a: Multiplies D.
+        b: Multiplies x_t.
+        rate: u / ln(t / s), between 0 (asked at t) and 1 (at s).
+    """
+
+    a: Array
+    b: Array
+    rate: Array
+
+
+def regress_shifted(moments: ShiftMoments, precision: str, sigma_data: float) -> ShiftedRegression:
+    """Choose the levels to ask at, and regress.
+
+    Args:
+        moments: The moments.
+        precision: The teacher's dtype, e.g. ``"float32"``.
+        sigma_data: Standard deviation of the data.
+
+    Returns:
+        The coefficients.
+    """
+    levels, K = moments.levels, len(moments.levels)
+    w = np.log(levels[:, None] / levels)
+    i, j = np.triu_indices(K, 1)
+    answers = _Answers.of(moments, precision)
+
+    tabulated = answers.at(i, j, w[i, j] * _PLACES[:, None])
+    network = (NETWORK * sigma_data * levels) ** 2 / (levels**2 + sigma_data**2)
+    miss = np.log((tabulated.miss.clip(min=0) + network[i]) / (tabulated.unexplained + network[i]))
+    u = _smooth_shift(-np.log(levels), i, j, w[i, j], miss)
+
+    best = answers.at(i, j, u[None])
+    a = (best.covariance + best.ridge) / (best.own + best.ridge)
+    a = np.where(np.isfinite(a), a, 1).clip(min=LEAST_A)[0]
+    b = best.y_on_x - a * best.D_on_x[0]
+
+    def full(values: Array) -> Array:
+        table = np.full((K, K), np.nan)
+        table[i, j] = values / w[i, j]
+        return _continued(table, w)
+
+    rate = full(u).clip(0, 1)
+    return ShiftedRegression(1 + w * full(a - 1), w * full(b), rate)
+
+
+class _Moments(NamedTuple):
+    """What a regression of y needs, asked at some level: of the answer's part that is orthogonal to x, and of x."""
+
+    own: Array
+    covariance: Array  # with y
+    ridge: Array
+    D_on_x: Array
+    y_on_x: Array
+    unexplained: Array  # of y, by x
+
+    @property
+    def miss(self) -> Array:
+        """E|y - a D - b x|^2 for the best a and b."""
+        miss: Array = self.unexplained - self.covariance**2 / (self.own + self.ridge)
+        return miss
+
+
+class _Answers(NamedTuple):
+    """The moments of the teacher's answers as functions of u, by interpolation between the levels it was asked at."""
+
+    moments: ShiftMoments
+    ridge: Array  # (K,)
+
+    @staticmethod
+    def of(moments: ShiftMoments, precision: str) -> _Answers:
+        squares = np.diagonal(moments.xx), np.einsum("iii->i", moments.Ex), np.diagonal(moments.EE)
+        return _Answers(moments, ridge_of(moments.levels, *squares, rounding_of(moments.levels, *squares, precision)))
+
+    def at(self, i: Indices, j: Indices, u: Array) -> _Moments:
+        """Return the moments for jumps from level i to level j, asked at u. Shapes ``(P,)``, ``(P,)``, ``(N, P)``."""
+        levels, xx, Ex, EE = self.moments.levels, self.moments.xx, self.moments.Ex, self.moments.EE
+        K, tau = len(levels), (1 - levels[j] / levels[i])
+        own, covariance, D_on_x = (np.empty_like(u) for _ in range(3))
+        for row in range(K - 1):
+            asked = np.log(levels[row] / levels[row:])
+            multiple = Ex[row, row:, row] / xx[row, row]
+            scale = np.sqrt((EE[row, row:] - multiple * Ex[row, row:, row]).clip(min=0) + self.ridge[row])
+            # not their squares, which fall by orders of magnitude and would be interpolated badly
+            with_x = (Ex[row, row:] - multiple[:, None] * xx[row]) / scale[:, None]
+            parts = np.column_stack([np.log(scale), multiple, with_x])
+            function = make_interp_spline(asked, parts, k=min(3, K - row - 1))
+            for pair in np.flatnonzero(i == row):
+                ln_scale, D_on_x[:, pair], with_x_s = function(u[:, pair])[:, [0, 1, 2 + j[pair]]].T
+                scale = np.exp(ln_scale)
+                own[:, pair], covariance[:, pair] = scale**2 - self.ridge[row], with_x_s * scale
+        x_s_on_x = xx[i, j] / xx[i, i]
+        return _Moments(
+            own=own.clip(min=0),
+            covariance=covariance / tau,
+            ridge=self.ridge[i],
+            D_on_x=D_on_x + reference(levels)[i],
+            y_on_x=(x_s_on_x - levels[j] / levels[i]) / tau,
+            unexplained=(xx[j, j] - x_s_on_x * xx[i, j]).clip(min=0) / tau**2,
+        )
+
+
+def _smooth_shift(lam: Array, i: Indices, j: Indices, w: Array, miss: Array) -> Array:
+    """Return the shift of every pair that minimises the sum of all misses and the table's roughness. Shape ``(P,)``."""
+    pieces = CubicSpline(_PLACES, miss).c  # (4, cells, P)
+    cells, pairs = len(_PLACES) - 1, np.arange(len(w))
+    rough = _second_derivatives(lam, i, j)
+
+    def objective(rate: Array) -> tuple[float, Array]:
+        cell = np.minimum((rate * cells).astype(int), cells - 1)
+        v, u = rate - _PLACES[cell], rate * w
+        c3, c2, c1, c0 = pieces[:, cell, pairs]
+        bend = rough @ u
+        value = (((c3 * v + c2) * v + c1) * v + c0).sum() + _SMOOTHNESS * (bend @ bend) + _PULL * (u @ u)
+        slope = (3 * c3 * v + 2 * c2) * v + c1 + 2 * w * (_SMOOTHNESS * (rough.T @ bend) + _PULL * u)
+        return float(value), slope
+
+    # there are local minima; and where one stops early, rounding decides the answer
+    starts = (_PLACES[miss.argmin(0)], np.full(len(w), 0.2), np.full(len(w), 0.6))
+    options = {"maxiter": 20000, "maxfun": 40000, "ftol": 1e-14, "gtol": 1e-8}
+    bounds = [(0, 1)] * len(w)
+    ends = [minimize(objective, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options) for x in starts]
+    best: Array = min(ends, key=lambda end: float(end.fun)).x
+    return best * w
+
+
+def _second_derivatives(lam: Array, i: Indices, j: Indices) -> Any:
+    """Return the sparse matrix that takes u at pairs to its second derivatives along t and along s; u(t, t) = 0."""
+    K = len(lam)
+    number = np.full((K, K), -1)
+    number[i, j] = np.arange(len(i))
+    entries = []
+    row = 0
+    for along_s, lines in ((True, number), (False, number.T)):
+        for line in range(K):
+            inside = range(line + 1, K - 1) if along_s else range(1, line)
+            for m in inside:
+                before, after = lam[m] - lam[m - 1], lam[m + 1] - lam[m]
+                weights = 2 / (before * (before + after)), -2 / (before * after), 2 / (after * (before + after))
+                entries += [(row, lines[line, m + o], c) for o, c in zip((-1, 0, 1), weights, strict=True)]
+                row += 1
+    kept = np.array([entry for entry in entries if entry[1] >= 0]).reshape(-1, 3)
+    return csr_array((kept[:, 2], (kept[:, 0].astype(int), kept[:, 1].astype(int))), shape=(row, len(i)))
+
+
+def _continued(table: Array, w: Array) -> Array:
+    """Fill the diagonal by its limit along s, and what is beyond it by reflection through it."""
+    K = len(table)
+    diagonal = np.empty(K)
+    for i in range(K - 1):
+        near = slice(i + 1, min(i + 4, K))
+        # not Polynomial.fit, which before numpy 2.1 cannot take a single point
+        diagonal[i] = polyfit(w[i, near], table[i, near], near.stop - near.start - 1)[0]
+    diagonal[-1] = diagonal[-2]
+    reflected = diagonal[:, None] + diagonal - table.T
+    return np.where(np.isnan(table), np.where(np.eye(K) > 0, np.diag(diagonal), reflected), table)

@@ -1,0 +1,177 @@
+r"""Least-squares jumps that ask the network at a lower noise level (docs/method.md, section 12)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_levels, check_positive
+from ..data.memory import BatchSize
+from ..interpolation.spline_table import SplineTable
+from ..noise_levels.grids import log_noise_levels
+from ..preconditionings.base import Scalings
+from ..teachers.denoiser import Condition, Denoiser
+from .fitted import FitHeader, FittedPreconditioning, expect
+from .follow import measure_trajectories
+from .jump_table import JumpTable
+from .trajectory_moments import shift_moments
+
+_NUM_LEVELS = 20
+
+_SMALLEST_RATIO, _LARGEST_RATIO = 1.05, 2.0
+
+
+class ShiftedPreconditioning(FittedPreconditioning):
+    r"""The best jumps of a student that starts as a copy of its teacher, asked at the best noise level q(t, s).
+
+    $$(c_{skip}, c_{out}, q)(t, s) = \arg\min E\, \| x_s - c_{skip}\, x_t - c_{out}\, D(\kappa x_t, q) \|^2, \qquad
+      \kappa = \sqrt{(q^2 + \sigma_{data}^2) / (t^2 + \sigma_{data}^2)}$$
+
+    over the teacher's own ODE, with $s \le q \le t$ and q smooth in (t, s). Inside EDM's denoiser the network gets the
+    same input $c_{in}(t)\, x_t$ and is told $c_{noise}(q)$. On a long jump the teacher at t says hardly more than the
+    mean of the data; told a lower level, it takes the same noise for an image and denoises that, which is much nearer
+    to where its ODE goes. Made by `ShiftedPreconditioning.fit` or `ShiftedPreconditioning.load`.
+
+    Students, diagnostics and samplers of this library ask as they should. In other code write
+    ``x_s = precond.jump(x_t, D(*precond.query(x_t, t, s)), t, s)``.
+
+    For s = t also q = t, so boundary and read-out are those of any jump. Where D is a multiple of x, as for white
+    Gaussian data, the jump is an Euler step's c_out with the c_skip that makes it exact.
+
+    A module without parameters: its tables travel in the state dict (and fit any other instance of as many levels and
+    the same ``sigma_data``), move with ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
+
+    Args:
+        table: The coefficients.
+        header: How they were fitted.
+        sigma_data: Standard deviation of the data: the student's.
+        shift: The table of $\ln(t / q) / \ln(t / s)$.
+
+    Examples:
+        >>> from analytic_precond import GaussianDenoiser
+        >>> data = 0.5 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+        >>> precond = ShiftedPreconditioning.fit(GaussianDenoiser(0.25), data, num_trajectories=64, progress=False)
+        >>> x_t, t, s = torch.tensor([[1.0]]), torch.tensor([1.0]), torch.tensor([0.5])
+        >>> precond.jump(x_t, GaussianDenoiser(0.25)(*precond.query(x_t, t, s)), t, s)  # sqrt(0.5 / 1.25)
+        tensor([[0.6325]])
+    """
+
+    def __init__(self, table: JumpTable, header: FitHeader, sigma_data: float, shift: SplineTable) -> None:
+        super().__init__(table, header, sigma_data)
+        self.shift = shift
+
+    @classmethod
+    def fit(
+        cls,
+        denoiser: Denoiser,
+        data: object,
+        levels: Tensor | None = None,
+        num_trajectories: int = 512,
+        batch_size: BatchSize = 256,
+        seed: int = 0,
+        sigma_data: float = 0.5,
+        progress: bool = True,
+        *,
+        condition: Callable[..., Condition] | None = None,
+        device: torch.device | str | None = None,
+        description: str | None = None,
+    ) -> ShiftedPreconditioning:
+        r"""Follow the teacher's trajectories, ask it at all lower levels on the way, and regress.
+
+        With K levels a trajectory takes ``6 K - 5 + K (K - 1) / 2`` evaluations of the teacher: 305 by default, 156,160
+        in all, and about ``40 K batch_size d`` bytes of memory.
+
+        Args:
+            denoiser: The teacher, as for `LeastSquaresPreconditioning.fit`.
+            data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset, a DataLoader or an iterable of
+                batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
+            levels: Decreasing noise levels to regress at, shape ``(K,)``, which are also the steps of the ODE; jumps
+                between any others are interpolated. Neighbours are at most a factor of 2 apart, and at least one of
+                1.05: coarser tables are not accurate between the levels, finer ones ill-conditioned. Default: 20 from
+                80 to 0.002, uniform in lambda.
+            num_trajectories: Number of trajectories.
+            batch_size: Largest batch that the teacher sees. ``"auto"`` begins at 256 and halves it where memory runs
+                out. It does not change the result, beyond rounding.
+            seed: Seed of noise and data order; the same seed gives the same numbers. The global RNG is left as it was.
+            sigma_data: Standard deviation of the data: the same as the student's, who scales by it.
+            progress: Show a progress bar.
+            condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments.
+            device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
+            description: The teacher in words, for the file's header. Default: its name.
+
+        Returns:
+            The preconditioning, on the CPU, for jumps between ``levels[0]`` and ``levels[-1]``.
+
+        Raises:
+            TypeError: If an argument has the wrong type, or data are not floating-point.
+            ValueError: If an argument is out of range, data are empty or not finite, or the teacher returns a wrong
+                shape or a value that is not finite (the error names the level).
+        """
+        from .shift_regression import regress_shifted  # imports scipy's splines and optimisers: slow, only needed here
+
+        check_positive(sigma_data, "sigma_data")
+        levels = log_noise_levels(_NUM_LEVELS) if levels is None else levels
+        _check_spacing(levels)
+        moments, header = measure_trajectories(
+            denoiser, data, levels, num_trajectories, batch_size, seed, condition, device, description,
+            lambda starts, levels, axes: shift_moments(
+                denoiser, starts, levels, num_trajectories, sigma_data, progress, batch_size
+            ),
+        )  # fmt: skip
+        a, b, rate = regress_shifted(moments, header.precision, sigma_data)
+        control = SplineTable.control_points(moments.levels, rate[None])
+        shift = SplineTable(torch.from_numpy(moments.levels), torch.from_numpy(control))
+        return cls(JumpTable.of(moments.levels, a[None], b[None]), header, sigma_data, shift)
+
+    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
+        """Return the coefficients for valid levels."""
+        c_skip, c_out = self.table.jumps(t, s)
+        return Scalings(c_skip[0], c_out[0])
+
+    def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
+        """Return the noise level that the network is told on a jump from t to s.
+
+        Args:
+            t: Noise levels to start from.
+            s: Noise levels to reach, at most ``t``.
+
+        Returns:
+            Noise levels from ``s`` to ``t``, in the broadcast shape; NaN where levels are out of range.
+        """
+        dtype = torch.promote_types(t.dtype, s.dtype if isinstance(s, Tensor) else t.dtype)
+        t, s, valid = self._levels(t, s, self._device)
+        rate = self.shift(t, s)[0].clamp(0, 1)
+        q = t * (-rate * ((t - s) / s).log1p()).exp()
+        return (q if valid is None else torch.where(valid, q, torch.nan)).to(torch.promote_types(dtype, torch.float32))
+
+    def _to_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {}, {"shift": self.shift.state_dict()["control"]}  # in float64, whatever the device computes with
+
+    @classmethod
+    def _from_file(
+        cls,
+        table: JumpTable,
+        fit: FitHeader,
+        sigma_data: float,
+        header: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+    ) -> ShiftedPreconditioning:
+        K = len(table.levels)
+        return cls(
+            table, fit, sigma_data, SplineTable(table.levels, expect(tensors, "shift", (K, K, 1), torch.float64))
+        )
+
+
+def _check_spacing(levels: object) -> None:
+    """Refuse levels so far apart, or so close, that a table of them is not accurate between them."""
+    check_levels(levels)
+    assert isinstance(levels, Tensor)
+    ratios = (levels[:-1] / levels[1:]).double()
+    if bool((ratios > _LARGEST_RATIO).any()) or bool((ratios < _SMALLEST_RATIO).any()):
+        raise ValueError(
+            f"neighbouring levels must be at least a factor of {_SMALLEST_RATIO} and at most one of {_LARGEST_RATIO} "
+            f"apart, got {ratios.min():.4g} to {ratios.max():.4g}: take log_noise_levels(20)."
+        )

@@ -1,0 +1,1 @@
+"""Functions of lambda = -ln t between the levels they are known at: splines, and tables that torch evaluates."""

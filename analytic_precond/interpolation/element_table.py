@@ -1,0 +1,214 @@
+r"""Integrals of many elements' l and s between any two noise levels: `integral_table` is for one pair of functions.
+
+Thousands of elements leave no room for polynomials on hundreds of cells. So B-splines in lambda are kept, 12 to a unit,
+of $l$, $\ln L$ and $h = \ln (L S)$, and the integral N up to each cell. The two pieces of cells at a jump's ends are
+integrated on the spot. Every term is positive: one algorithm serves float64 and float32 (docs/method.md, section 14).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._precision import TableModule
+from . import splines
+from .float32_integrals import gauss_mean, jump_pieces
+from .integral_table import PairIntegrals
+from .spline_table import local_basis, recentred
+from .splines import Array
+
+_PER_LAMBDA = 12
+
+_FEWEST = 9  # B-splines: some cells beside the two wide ones at the ends
+
+_GAUSS = np.polynomial.legendre.leggauss(5)
+
+_MAX_FALL = 50.0  # as `integral_table`
+
+_MAX_SPAN = 600.0  # likewise
+
+_MAX_STEP = 2.0  # in a twelfth: Gauss's rule of three points is then good to 1e-5, half as steep to 1e-7
+
+_AT_ONCE = 1024  # elements: splines through 1200 levels then take 10 MB each, not gigabytes
+
+
+class ElementTable(TableModule):
+    r"""B-splines of $l$, $\ln L$ and $\ln (L S)$ in $\lambda = -\ln t$, of n elements.
+
+    Args:
+        levels: Decreasing noise levels. Shape ``(K,)``.
+        l: The elements' linear coefficients. Shape ``(n, K)``.
+        ln_S: Returns the ln S of a slice of the elements, a function of lambda up to constants, whose results have the
+            shape ``(elements, *lambda.shape)``.
+        shape: The elements' shape, of n in all. Checkpoints of other shapes are refused.
+        advice: What to do about coefficients that are refused.
+
+    Raises:
+        ValueError: If an element's ln(L S) falls so far that its running integral would lose its digits, or is too
+            steep for it.
+    """
+
+    element_shape: Tensor
+    edges: Tensor
+    half_widths: Tensor
+    basis: Tensor
+    control: Tensor
+    running: Tensor
+
+    def __init__(
+        self,
+        levels: Array,
+        l: Array,
+        ln_S: Callable[[slice], Callable[[Array], Array]],
+        shape: tuple[int, ...],
+        advice: str,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        sigma_max, sigma_min = float(levels[0]), float(levels[-1])
+        span = math.log(sigma_max / sigma_min)
+        steps = max(_FEWEST, math.ceil(_PER_LAMBDA * span))
+        lam = np.linspace(-math.log(sigma_max), -math.log(sigma_min), steps + 1)
+        grid, nodes = np.exp(-lam), _gauss_nodes(lam)
+
+        starts, basis = local_basis(grid)
+        begins = np.abs(lam[:, None] - starts).argmin(0)  # cells begin at points of the grid, not at each of them
+        edges = np.append(grid[begins], sigma_min)
+        edges[0] = sigma_max
+        half = torch.from_numpy(np.append(np.diff(starts), lam[-1] - starts[-1]) / 2)
+        control = np.empty((3, len(grid), len(l)))
+        running = np.empty((2, len(begins), len(l)))
+        for start in range(0, len(l), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            l_at = splines.linear_coefficients(levels, l[some])
+            ln_L = _running_integral(1 - l_at(nodes), lam)[0]
+            h = ln_L + ln_S(some)(lam)
+            fault = _fault(lam, h)
+            if fault is not None:
+                element, what = fault
+                raise ValueError(
+                    f"l and s must not let ln(L S) {what} in {element_name(start + element, shape)}: {advice}"
+                )
+            h_spline = splines.spline(grid, h - h.max(1, keepdims=True))
+            control[..., some] = [splines.spline(grid, v).c for v in (l_at(lam), ln_L)] + [h_spline.c]
+            sums = np.stack(_running_integral(np.exp(h_spline(nodes)), lam))
+            running[..., some] = sums[..., begins].swapaxes(1, 2)
+        self.register_buffer("element_shape", torch.tensor(shape, dtype=torch.int64, device="cpu"))
+        self.register_buffer("edges", torch.from_numpy(np.stack([edges, np.zeros_like(edges)])))
+        self.register_buffer("half_widths", half)
+        self.register_buffer("basis", recentred(torch.from_numpy(basis), half))
+        self.register_buffer("control", torch.from_numpy(control))  # function, B-spline, element
+        self.register_buffer("running", torch.from_numpy(running))
+        self.mirror_ends()
+
+    def mirror_ends(self) -> None:
+        """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
+        self.sigma_max, self.sigma_min = float(self.edges[0, 0]), float(self.edges[0, -1])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        given = state_dict.get(prefix + "element_shape")
+        if isinstance(given, Tensor) and tuple(given.tolist()) != self.shape:
+            args[-1].append(  # the list of errors
+                f"{prefix}element_shape must be {self.shape}, got {tuple(given.tolist())}: coefficients belong to "
+                f"elements, build the preconditioning for samples of the checkpoint's shape."
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def narrowed(self) -> dict[str, Tensor]:
+        """Return the tables in float32, what is subtracted as high + low."""
+        pairs = {}
+        for name, (high, low) in {"edges": self.edges, "running": self.running}.items():
+            rounded = high.float()
+            pairs[name] = torch.stack([rounded, ((high - rounded) + low).float()])
+        return super().narrowed() | pairs
+
+    def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
+        """Return the elements' integrals, ``(*t.shape, n)``, for levels of one shape, ``s <= t`` inside the range."""
+        levels = torch.stack([t, s])
+        i, j = (levels.detach()[..., None] <= self.edges[0, 1:-1]).sum(-1)
+        i = torch.minimum(i, j)  # where rounding parts neighbours
+        places, first, last = jump_pieces(self.edges, i, j, t, s)
+        cell = torch.stack([i, j])
+        weights = self._weights(cell, places)
+        l, ln_L = (self._values(function, cell, weights[:1])[0] for function in (0, 1))
+        h = self._values(2, cell, weights)
+
+        same = (i == j)[..., None]
+        before_s, after_t = (self.running[:, index] for index in (j, torch.minimum(i + 1, j)))
+        between = (before_s[0] - after_t[0]) + (before_s[1] - after_t[1])
+        at_s = h[0, 1]
+        first_mean, last_mean = gauss_mean((h[1:] - at_s).exp())
+        ends = first[..., None] * first_mean + torch.where(same, 0, last[..., None]) * last_mean
+        ln_S = h[0] - ln_L
+        S_ratio = (ln_S[1] - ln_S[0]).exp()
+        return PairIntegrals(
+            l_t=l[0],
+            l_s=l[1],
+            L_ratio=(ln_L[0] - ln_L[1]).exp(),
+            S_ratio=S_ratio.clamp(max=torch.finfo(S_ratio.dtype).max),  # the backward form multiplies it by 0
+            r=ends + between * (-at_s).exp(),
+        )
+
+    def _weights(self, cell: Tensor, places: Tensor) -> Tensor:
+        """Return the values of a cell's B-splines at distances from its noisy end. Shape ``(*places.shape, 6)``."""
+        v = (places / self.half_widths[cell] - 1)[..., None]
+        coefficients = self.basis[cell]  # (*shape, powers, splines)
+        weight = coefficients[..., 0, :]
+        for power in range(1, self.basis.shape[1]):  # Horner
+            weight = weight * v + coefficients[..., power, :]
+        return weight
+
+    def _values(self, function: int, cell: Tensor, weights: Tensor) -> Tensor:
+        """Return a function's values: shape ``(*weights.shape[:-1], n)``. Elementwise: equal levels give equal bits."""
+        control = self.control[function]
+        value = weights[..., 0, None] * control[cell]
+        for local in range(1, weights.shape[-1]):
+            value = value + weights[..., local, None] * control[cell + local]
+        return value
+
+
+def element_name(index: int, shape: tuple[int, ...]) -> str:
+    """Return what to call an element in messages: its place in a sample."""
+    return f"element {tuple(int(i) for i in np.unravel_index(index, shape))}"
+
+
+def _gauss_nodes(lam: Array) -> Array:
+    """Return where to evaluate what `_running_integral` integrates. Shape ``(cells, nodes)``."""
+    return lam[:-1, None] + np.diff(lam)[:, None] / 2 * (1 + _GAUSS[0])
+
+
+def _running_integral(density: Array, lam: Array) -> tuple[Array, Array]:
+    """Return integrals from ``lam[0]`` to every point as pairs high + low. Shape ``(n, len(lam))`` each.
+
+    The density is given at `_gauss_nodes`, shape ``(n, cells, nodes)``.
+    """
+    terms = (density * _GAUSS[1]).sum(-1) * np.diff(lam) / 2
+    high, low = np.zeros((2, len(terms), len(lam)))
+    for k in range(len(lam) - 1):  # Knuth's two-sum
+        total = high[:, k] + terms[:, k]
+        carried = total - high[:, k]
+        high[:, k + 1] = total
+        low[:, k + 1] = low[:, k] + ((high[:, k] - (total - carried)) + (terms[:, k] - carried))
+    return high, low
+
+
+def _fault(lam: Array, h: Array) -> tuple[int, str] | None:
+    """Return an element whose h = ln(L S) the table could not hold, and what it does. Shape ``(n, len(lam))``."""
+    fall, span, step = np.maximum.accumulate(h, axis=1) - h, np.ptp(h, axis=1), np.abs(np.diff(h))
+    if not fall.max() <= _MAX_FALL:
+        element, point = np.unravel_index(fall.argmax(), fall.shape)
+        got = f"{fall[element, point]:.4g} down to t = {math.exp(-lam[point]):.6g}"
+        return int(element), f"fall by more than {_MAX_FALL:g} over the levels, got {got}"
+    if not span.max() <= _MAX_SPAN:
+        return int(span.argmax()), f"span more than {_MAX_SPAN:g} over the levels, got {span.max():.4g}"
+    if not step.max() <= _MAX_STEP:
+        element, point = np.unravel_index(step.argmax(), step.shape)
+        got = f"{step[element, point]:.4g} at t = {math.exp(-lam[point]):.6g}"
+        return int(element), f"change by more than {_MAX_STEP:g} within {lam[1] - lam[0]:.3g} in lambda, got {got}"
+    return None

@@ -1,0 +1,178 @@
+r"""Integrals of l and s between any two noise levels, exact to rounding and cheap: the numerics behind `analytic`.
+
+Offline, splines are resampled as polynomials on a fine grid uniform in lambda, so that finding a cell is a
+multiplication. Online, everything is formed relative to the pair (t, s): nothing is exponentiated from lambda_T, and
+the distance ln(t / s) is computed once, from the levels themselves, so that c_out keeps its digits beside the
+diagonal and is exactly 0 on it (docs/method.md, section 7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._precision import TableModule
+from .float32_integrals import float32_integrals, float32_tables
+from .splines import Array
+
+Function = Callable[[Array], Array]
+
+_CELLS = 512  # 0.02 in lambda each, for the usual range
+
+_DEGREE = 4  # interpolates exp(h) over a cell to 1e-11
+
+_MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits
+
+_MAX_SPAN = 600.0  # float64 ends at e^709
+
+_MAX_STEP = 1.0  # in a cell: L S is then interpolated to 4e-5, half as steep to 1e-6
+
+
+class PairIntegrals(NamedTuple):
+    """What a jump from t to s is made of.
+
+    Attributes:
+        l_t: Linear coefficient at t.
+        l_s: Linear coefficient at s.
+        L_ratio: L_t / L_s, in (0, 1] for l <= 1.
+        S_ratio: S_s / S_t.
+        r: (N_s - N_t) / (L_s S_s), not negative.
+    """
+
+    l_t: Tensor
+    l_s: Tensor
+    L_ratio: Tensor
+    S_ratio: Tensor
+    r: Tensor
+
+
+class IntegralTable(TableModule):
+    r"""Piecewise polynomials of $l$, $\ln L$, $\ln S$ and $N$ in $\lambda = -\ln t$.
+
+    Args:
+        sigma_max: Noisiest level.
+        sigma_min: Cleanest level.
+        l: l as a function of lambda.
+        ln_S: ln S as a function of lambda, up to a constant.
+
+    Raises:
+        ValueError: If ln(L S) falls so far that the running integral would lose its digits, or is too steep for it.
+    """
+
+    polynomials: Tensor
+    running: Tensor
+    ends: Tensor
+    cells: Tensor  # these three only where there is no float64
+    edges: Tensor
+    pairs: Tensor
+
+    def __init__(self, sigma_max: float, sigma_min: float, l: Function, ln_S: Function) -> None:
+        super().__init__()
+        lam_T, lam_eps = -math.log(sigma_max), -math.log(sigma_min)
+        width = (lam_eps - lam_T) / _CELLS
+        nodes = -np.cos(np.pi * np.arange(_DEGREE + 1) / _DEGREE)  # Chebyshev: the ends included, so cells join
+        lam = lam_T + width * (np.arange(_CELLS)[:, None] + (1 + nodes) / 2)
+
+        to_coefficients = np.linalg.inv(np.vander(nodes)).T  # highest power first
+
+        with np.errstate(over="ignore"):  # where a spline of the logit overshoots by hundreds, l is 0 or 1
+            l_values = l(lam)
+        ln_L = _integrate((1 - l_values) @ to_coefficients, width)
+        ln_L[1:, -1] += _values(ln_L, np.ones(1))[:-1, 0].cumsum()
+        h = _values(ln_L, nodes) + ln_S(lam)
+        _check(lam, h, max(np.ptp(h), np.ptp(ln_L[:, -1]), np.ptp(ln_S(lam))))
+
+        N = _integrate(np.exp(h - h.max()) @ to_coefficients, width)
+        l_table, S_table = (np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l_values, ln_S(lam) - h.max()))
+        self.register_buffer(
+            "polynomials", torch.from_numpy(np.stack([l_table, ln_L, S_table, N]).transpose(2, 0, 1).copy())
+        )  # power, function, cell
+        self.register_buffer("running", torch.from_numpy(_running_sum(_values(N, np.ones(1))[:, 0])))
+        self.register_buffer("ends", torch.tensor([sigma_max, sigma_min], dtype=torch.float64, device="cpu"))
+        self.mirror_ends()
+
+    def mirror_ends(self) -> None:
+        """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
+        self.sigma_max, self.sigma_min = float(self.ends[0]), float(self.ends[1])
+        self.cells_per_lambda = _CELLS / math.log(self.sigma_max / self.sigma_min)
+
+    def narrowed(self) -> dict[str, Tensor]:
+        """Return the tables of another algorithm: this one's differences need float64."""
+        return float32_tables(self.polynomials, self.running, self.ends)
+
+    def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
+        """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range."""
+        if self.narrow_device is not None:
+            return PairIntegrals(*float32_integrals(self.cells, self.edges, self.pairs, self.cells_per_lambda, t, s))
+        position_s = -(s / self.sigma_max).log() * self.cells_per_lambda
+        position_t = position_s - ((t - s) / s).log1p() * self.cells_per_lambda
+        position = torch.stack([position_t, position_s])
+
+        cell = position.detach().floor().clamp(0, _CELLS - 1).nan_to_num(0)
+        v = 2 * (position - cell) - 1
+        index = cell.long()
+        coefficients = self.polynomials[:, :, index]
+        value = coefficients[0]
+        for coefficient in coefficients[1:]:  # Horner, elementwise: equal levels give equal bits
+            value = value * v + coefficient
+        l, ln_L, ln_S, N = value
+        high, low = self.running[index].unbind(-1)
+
+        delta_N = (high[1] - high[0]) + ((low[1] - low[0]) + (N[1] - N[0]))
+        return PairIntegrals(
+            l_t=l[0],
+            l_s=l[1],
+            L_ratio=(ln_L[0] - ln_L[1]).exp(),
+            S_ratio=(ln_S[1] - ln_S[0]).exp(),
+            r=delta_N * (-ln_L[1] - ln_S[1]).exp(),
+        )
+
+
+def _check(lam: Array, h: Array, span: float) -> None:
+    """Refuse h = ln(L S) that the table could not hold, and name the level. Shapes ``(cells, nodes)``."""
+    advice = "check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
+    fall = np.maximum.accumulate(h.ravel()) - h.ravel()
+    if not (fall.max() <= _MAX_FALL and span <= _MAX_SPAN):
+        raise ValueError(
+            f"l and s must not let ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {fall.max():.4g} down "
+            f"to t = {math.exp(-lam.flat[fall.argmax()]):.6g}, nor it, ln L or ln S span more than {_MAX_SPAN:g}, got "
+            f"{span:.4g}: {advice}"
+        )
+    step = np.ptp(h, axis=1)
+    if not step.max() <= _MAX_STEP:
+        cell = int(step.argmax())
+        raise ValueError(
+            f"l and s must not let ln(L S) change by more than {_MAX_STEP:g} within {np.ptp(lam[cell]):.4g} in lambda, "
+            f"got {step[cell]:.4g} at t = {math.exp(-lam[cell, 0]):.6g}: {advice}"
+        )
+
+
+def _integrate(density: Array, width: float) -> Array:
+    """Return each cell's integral from its noisy end: polynomials one degree up from those of the density."""
+    powers = np.arange(density.shape[1], 0, -1)
+    integral = np.pad(density / powers * width / 2, ((0, 0), (0, 1)))
+    integral[:, -1] = -_values(integral, -np.ones(1))[:, 0]
+    return integral
+
+
+def _values(polynomials: Array, places: Array) -> Array:
+    """Return each cell's polynomial at places in [-1, 1]. Shapes: ``(cells, powers)``, ``(n,)`` to ``(cells, n)``."""
+    values: Array = polynomials @ np.vander(places, polynomials.shape[1]).T
+    return values
+
+
+def _running_sum(terms: Array) -> Array:
+    """Return the sums of the terms before each, as unevaluated pairs high + low (Knuth's two-sum). Shape ``(n, 2)``."""
+    result, high, low = [], 0.0, 0.0
+    for term in terms.tolist():
+        result.append((high, low))
+        total = high + term
+        carried = total - high
+        low += (high - (total - carried)) + (term - carried)
+        high = total
+    return np.array(result)

@@ -1,0 +1,1 @@
+"""The teacher's probability-flow ODE: steps, whole solutions, accurate trajectories."""

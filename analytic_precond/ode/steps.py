@@ -1,0 +1,220 @@
+r"""What the ODE solvers accept: noise levels per sample, grids of them, the dtype of the state.
+
+The teacher's probability-flow ODE, $dx/dt = (x - D(x, t)) / t$: velocity, Euler and Heun steps, whole solutions.
+
+Steps go either way: towards the data (s < t) or towards the noise (s > t). Level arithmetic is done in float64, the
+rest in float32 or wider. The teacher is called in its own dtype: that of its parameters, or of ``x`` where it has none;
+a `NetworkDenoiser`, which casts by itself, gets ``x`` in float32 or wider. Any other half-precision teacher is told t
+in half precision, too, which cannot tell neighbouring levels apart: make a `NetworkDenoiser` of it. Everything is
+differentiable: where no gradients are wanted, as in a distillation target, call under `torch.no_grad`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_finite, check_tensor
+from .._precision import network_dtype
+from ..noise_levels.per_sample import expand_to, per_sample
+from ..teachers.denoiser import Denoiser, modules_of
+from ..teachers.networks import NetworkDenoiser
+
+
+def check_grid(levels: Tensor) -> bool:
+    """Refuse anything but a strictly monotone grid of noise levels, 0 at most at its end; return whether it ends so."""
+    check_tensor(levels, "levels")
+    if levels.ndim != 1 or levels.numel() < 2:
+        raise ValueError(
+            f"levels must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}: make a grid with "
+            f"karras_noise_levels."
+        )
+    check_finite(levels, "levels")
+    values = levels.detach().cpu().double()
+    steps = values.diff()
+    if not bool((steps < 0).all() | (steps > 0).all()):
+        index = int((steps.sign() != steps[0].sign()).logical_or(steps == 0).nonzero()[0])
+        raise ValueError(
+            f"levels must be strictly decreasing or strictly increasing, got {values[index]:g} then "
+            f"{values[index + 1]:g} at index {index}: sort them and drop duplicates."
+        )
+    if bool((values[:-1] <= 0).any()) or bool(values[-1] < 0):
+        raise ValueError(
+            f"levels must be positive noise levels (sigma), only the last may be 0, got {values.min():g} at index "
+            f"{int(values.argmin())}: the ODE cannot leave 0, start at sigma_min."
+        )
+    return bool(values[-1] == 0)
+
+
+def state_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    """Return the dtype of the state: ``x``'s by default."""
+    if dtype is None:
+        return x.dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}: for example torch.float64.")
+    return dtype
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 or wider, which steps are computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def probability_flow_velocity(denoiser: Denoiser, x: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
+    r"""Return the velocity of the probability-flow ODE, $dx/dt = (x - D(x, t)) / t$.
+
+    (Karras et al. 2022, equations 1 and 3 with $\sigma(t) = t$.)
+
+    Args:
+        denoiser: The teacher $D$.
+        x: Noisy data. Shape ``(B, ...)``.
+        t: Noise levels of ``x``, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling, levels
+            out of range give NaN instead of an error.
+        **condition: Handed to the teacher.
+
+    Returns:
+        The velocity. Shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit or a level is not positive.
+
+    Examples:
+        >>> teacher = lambda x, t: 0 * x  # all data are 0
+        >>> probability_flow_velocity(teacher, torch.tensor([[3.0]]), torch.tensor([2.0]))
+        tensor([[1.5000]])
+    """
+    velocity = Velocity.of(denoiser, x, condition)
+    return velocity(widen(x), per_sample(t, x, "t")).to(x.dtype)
+
+
+def euler_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | float, **condition: Any) -> Tensor:
+    r"""Carry ``x`` along the probability-flow ODE from noise level ``t`` to ``s`` by one Euler step.
+
+    One teacher call, local error $O((t - s)^2)$; to s = 0 the step returns $D(x, t)$:
+
+    $$x_s = x + (s - t)\, v(x, t), \qquad v(x, t) = (x - D(x, t)) / t$$
+
+    Args:
+        denoiser: The teacher $D$.
+        x: Noisy data at level ``t``. Shape ``(B, ...)``.
+        t: Noise levels to start from, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling,
+            levels out of range give NaN instead of an error.
+        s: Noise levels to reach, above or below ``t``, at least 0. Shape ``(B,)``, or one for all.
+        **condition: Handed to the teacher.
+
+    Returns:
+        The data at noise level ``s``. Shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit or a level is out of range.
+
+    Examples:
+        >>> teacher = lambda x, t: 0 * x  # all data are 0
+        >>> euler_step(teacher, torch.tensor([[3.0]]), 2.0, 0.5)
+        tensor([[0.7500]])
+    """
+    velocity = Velocity.of(denoiser, x, condition)
+    return euler(velocity, x, per_sample(t, x, "t"), per_sample(s, x, "s", zero=True))
+
+
+def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | float, **condition: Any) -> Tensor:
+    r"""Carry ``x`` along the probability-flow ODE from noise level ``t`` to ``s`` by one step of Heun's method.
+
+    Two teacher calls, local error $O(|t - s|^3)$:
+
+    $$x_s = x + (s - t) \frac{v(x, t) + v(x + (s - t)\, v(x, t),\, s)}{2}, \qquad v(x, t) = (x - D(x, t)) / t$$
+
+    Samples whose s is 0, where v is not defined, get the Euler step (Karras et al. 2022, algorithm 1).
+
+    Args:
+        denoiser: The teacher $D$.
+        x: Noisy data at level ``t``. Shape ``(B, ...)``.
+        t: Noise levels to start from, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling,
+            levels out of range give NaN instead of an error.
+        s: Noise levels to reach, above or below ``t``, at least 0. Shape ``(B,)``, or one for all.
+        **condition: Handed to the teacher.
+
+    Returns:
+        The data at noise level ``s``. Shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit or a level is out of range.
+
+    Examples:
+        >>> from analytic_precond import GaussianDenoiser
+        >>> teacher = GaussianDenoiser(1.0)  # the flow is proportional to sqrt(1 + t^2)
+        >>> x_s = heun_step(teacher, torch.tensor([[2.0]]), torch.tensor([1.0]), torch.tensor([0.9]))
+        >>> round(x_s.item(), 3), round(2.0 * (1.81 / 2) ** 0.5, 3)
+        (1.903, 1.903)
+    """
+    velocity = Velocity.of(denoiser, x, condition)
+    return heun(velocity, x, per_sample(t, x, "t"), per_sample(s, x, "s", zero=True))
+
+
+@dataclass  # not a named tuple or frozen, which older torch.compile cannot call
+class Velocity:
+    """The velocity of a teacher's ODE as a function of x and t, the teacher called in its own dtype.
+
+    Attributes:
+        denoiser: The teacher.
+        dtype: What it is called in.
+        condition: What every call hands to it.
+    """
+
+    denoiser: Denoiser
+    dtype: torch.dtype
+    condition: Mapping[str, Any]
+
+    @staticmethod
+    def of(denoiser: Denoiser, x: Tensor, condition: Mapping[str, Any]) -> Velocity:
+        """Return the velocity for data that come as ``x`` does, once both are checked."""
+        if not callable(denoiser):
+            raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
+        check_tensor(x, "x")
+        if x.ndim == 0:
+            raise ValueError("x must be a batch of shape (B, ...), got shape (): add dimensions.")
+        if any(isinstance(module, NetworkDenoiser) for module in modules_of(denoiser)):  # guided and compiled ones too
+            return Velocity(denoiser, torch.promote_types(x.dtype, torch.float32), condition)
+        return Velocity(denoiser, network_dtype(denoiser, x.dtype), condition)
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return (x - D) / t in x's dtype. Shapes: ``x`` (B, ...), ``t`` (B,)."""
+        own = (tensor.to(self.dtype, copy=True) for tensor in (x, t))  # the teacher may overwrite what it gets
+        denoised = self.denoiser(*own, **self.condition)
+        if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
+            got = denoised.dtype if isinstance(denoised, Tensor) else type(denoised).__name__
+            raise TypeError(f"the teacher must return a floating-point tensor, got {got}: unwrap its output.")
+        if denoised.shape != x.shape:
+            raise ValueError(
+                f"the teacher must return x's shape {tuple(x.shape)}, got {tuple(denoised.shape)}: drop extra channels "
+                f"(a learned variance?) in an adapter."
+            )
+        return (x - denoised.to(x.dtype)) / expand_to(t, x).to(x.dtype)
+
+
+def euler(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Take an Euler step between valid levels of shape (B,)."""
+    z = widen(x)
+    dt = expand_to(s - t, z).to(z.dtype)
+
+    return (z + dt * velocity(z, t)).to(x.dtype)
+
+
+def heun(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """Take a step of Heun's method between valid levels of shape (B,), an Euler step to 0."""
+    z = widen(x)
+    dt, to_zero = expand_to(s - t, z).to(z.dtype), expand_to(s, z) == 0
+
+    v_t = velocity(z, t)
+    v_s = velocity(z + dt * v_t, torch.where(s == 0, t, s))  # to 0: any level that has a velocity
+    return (z + dt * torch.where(to_zero, v_t, (v_t + v_s) / 2)).to(x.dtype)
+
+
+STEPS: Mapping[str, Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]] = {"euler": euler, "heun": heun}

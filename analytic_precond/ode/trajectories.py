@@ -1,0 +1,100 @@
+r"""A teacher's own trajectories from the noisiest level down, accurate enough to regress on.
+
+A step of Dormand and Prince's fifth-order method on $dx/dt = (x - D(x, t)) / t$ leads from each level to the next. A
+regression of $x_s$ on $x_t$ and D divides by the little that D adds to $x_t$: in the Gaussian of docs/method.md,
+section 8, with 40 levels, Heun steps leave relative errors of 7e-2 in c_out, fourth-order steps 8e-4, these 8e-6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..teachers.conditions import condition_rows
+from ..teachers.denoiser import Denoiser
+from .steps import Velocity
+
+# Dormand and Prince 1980: where slopes are taken, the weights of the earlier ones on the way to each, and of all in the
+# step itself
+_PLACES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1)
+
+_STAGES: tuple[tuple[float, ...], ...] = (
+    (),
+    (1 / 5,),
+    (3 / 40, 9 / 40),
+    (44 / 45, -56 / 15, 32 / 9),
+    (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+    (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+)
+
+_STEP = (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
+
+PASSES_PER_STEP = len(_PLACES)
+
+
+class Start(NamedTuple):
+    """Where trajectories begin.
+
+    Attributes:
+        first: Index of the first one in the run.
+        x: Noisy data at the noisiest level, in the dtype to compute in. Shape ``(B, ...)``.
+        dtype: What a teacher without parameters is called in.
+        condition: Keyword arguments of the teacher.
+    """
+
+    first: int
+    x: Tensor
+    dtype: torch.dtype
+    condition: Mapping[str, Any]
+
+    def rows(self, rows: slice) -> Start:
+        """Return the beginning of some of them."""
+        index = torch.arange(rows.start, rows.stop, device="cpu")
+        condition = condition_rows(self.condition, index, len(self.x))
+        return Start(self.first + rows.start, self.x[rows], self.dtype, condition)
+
+
+def trajectory(denoiser: Denoiser, start: Start, levels: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield x and x - D(x, t) at each level. Shapes ``(B, ...)``, dtype of the start.
+
+    Args:
+        denoiser: The teacher.
+        start: Where the trajectories begin, at the first level.
+        levels: Decreasing noise levels.
+
+    Yields:
+        The state, and what the teacher takes off it.
+
+    Raises:
+        TypeError: If the teacher does not return a floating-point tensor.
+        ValueError: If it returns another shape.
+    """
+    velocity = Velocity.of(denoiser, start.x.to(start.dtype), start.condition)
+    x, t = start.x, levels[0]
+    slope = velocity(x, _full(t, x))
+    yield x, t * slope
+    for s in levels[1:]:
+        x = _step(velocity, x, t, s, slope)
+        t, slope = s, velocity(x, _full(s, x))
+        yield x, t * slope
+
+
+def _step(velocity: Velocity, x: Tensor, t: float, s: float, slope: Tensor) -> Tensor:
+    """Carry x from t to s, given the slope at t."""
+    slopes = [slope]
+    for place, weights in zip(_PLACES[1:], _STAGES[1:], strict=True):
+        slopes.append(velocity(_along(x, s - t, weights, slopes), _full(t + place * (s - t), x)))
+    return _along(x, s - t, _STEP, slopes)
+
+
+def _along(x: Tensor, dt: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+    for weight, slope in zip(weights, slopes, strict=True):
+        x = x + dt * weight * slope
+    return x
+
+
+def _full(t: float, x: Tensor) -> Tensor:
+    return torch.full((len(x),), t, dtype=x.dtype, device=x.device)

@@ -1,0 +1,171 @@
+r"""Analytic-Precond: c_skip(t, s) and c_out(t, s) from a teacher's statistics (docs/method.md, sections 2 and 3)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._checks import check_choice, check_finite, check_levels, check_tensor
+from ..interpolation import splines
+from ..interpolation.integral_table import IntegralTable, PairIntegrals
+from ..interpolation.splines import Array
+from ..statistics.remainder import log_scale_spline
+from ..statistics.teacher_statistics import TeacherStatistics
+from .base import Preconditioning, Scalings
+
+
+class AnalyticPreconditioning(Preconditioning):
+    r"""The preconditioning that follows from a teacher's $l_t$ and $S_t$.
+
+    With $\ln L = \int (1 - l)\, d\lambda$, $\ln S = \int s_t\, d\lambda$, $dN = L S\, d\lambda$ and
+    $r = (N_s - N_t) / (L_s S_s)$:
+
+    - backward (the paper's): $c_{out} = \dfrac{r}{1 + l_s r}$, $c_{skip} = \dfrac{L_t / L_s}{1 + l_s r}$,
+    - forward: $c_{out} = r \dfrac{S_s}{S_t}$, $c_{skip} = \dfrac{L_t}{L_s} - l_t\, r \dfrac{S_s}{S_t}$,
+    - any $\theta$ between them (1 backward, 0 forward): an Euler step with $(1 - \theta) h_t + \theta h_s$,
+      where $h = g / S$.
+
+    A module without parameters: its tables travel in the state dict (and fit any other instance), move with
+    ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
+
+    Args:
+        statistics: The teacher's statistics.
+        discretization: ``"backward"`` or ``"forward"``.
+        theta: A number in [0, 1] instead of a discretization.
+        sigma_data: Standard deviation of the data, for `on_network`.
+
+    Raises:
+        TypeError: If ``statistics`` is something else.
+        ValueError: If an option is unknown, or the coefficients make a jump singular (the error names the level).
+
+    Examples:
+        >>> levels, zero = torch.tensor([80.0, 1.0, 0.002]), torch.zeros(3)
+        >>> precond = AnalyticPreconditioning.from_coefficients(levels, l=zero, s=zero)  # CTM's s/t, 1 - s/t
+        >>> c_skip, c_out = precond(4.0, 1.0)
+        >>> c_skip.item(), c_out.item()
+        (0.25, 0.75)
+    """
+
+    theta: Tensor
+
+    def __init__(
+        self,
+        statistics: TeacherStatistics,
+        discretization: str = "backward",
+        *,
+        theta: float | None = None,
+        sigma_data: float = 0.5,
+    ) -> None:
+        if not isinstance(statistics, TeacherStatistics):
+            raise TypeError(
+                f"statistics must be TeacherStatistics, got {type(statistics).__name__}: load a file with "
+                f"TeacherStatistics.load, or use AnalyticPreconditioning.from_coefficients(levels, l, s)."
+            )
+        levels, l = statistics.levels.numpy(), statistics.l.numpy()
+        ln_S = log_scale_spline(levels, statistics.g_rms.numpy(), statistics.s.numpy(), statistics.header.s_method)
+        self._build(levels, l, ln_S, discretization, theta, sigma_data)
+
+    @classmethod
+    def from_coefficients(
+        cls,
+        levels: Tensor,
+        l: Tensor,
+        s: Tensor,
+        discretization: str = "backward",
+        *,
+        theta: float | None = None,
+        sigma_data: float = 0.5,
+    ) -> AnalyticPreconditioning:
+        """Build the preconditioning from tables of the coefficients.
+
+        Args:
+            levels: Decreasing noise levels. Shape ``(K,)``.
+            l: Linear coefficients l_t. Shape ``(K,)``.
+            s: Scaling coefficients s_t (not their integral S). Shape ``(K,)``.
+            discretization: ``"backward"`` or ``"forward"``.
+            theta: A number in [0, 1] instead of a discretization.
+            sigma_data: Standard deviation of the data, for `on_network`.
+
+        Returns:
+            The preconditioning, for jumps between ``levels[0]`` and ``levels[-1]``.
+
+        Raises:
+            TypeError: If a table is not a floating-point tensor.
+            ValueError: If tables do not fit together or are not finite, or as for the constructor.
+        """
+        check_levels(levels)
+        for name, values in (("l", l), ("s", s)):
+            check_tensor(values, name)
+            if values.shape != levels.shape:
+                raise ValueError(
+                    f"{name} must hold one value per level, shape {tuple(levels.shape)}, got {tuple(values.shape)}."
+                )
+            check_finite(values, name)
+        sigma, l_table, s_table = (v.detach().cpu().double().numpy() for v in (levels, l, s))
+        self = cls.__new__(cls)
+        self._build(sigma, l_table, splines.spline(sigma, s_table).antiderivative(), discretization, theta, sigma_data)
+        return self
+
+    def _build(
+        self, levels: Array, l: Array, ln_S: Any, discretization: str, theta: float | None, sigma_data: float
+    ) -> None:
+        theta = theta_of(discretization, theta)
+        super().__init__(sigma_data)
+        self.integrals = IntegralTable(float(levels[0]), float(levels[-1]), splines.linear_coefficient(levels, l), ln_S)
+        self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64, device="cpu"))
+        self._check_denominator(levels)
+
+    @property
+    def sigma_max(self) -> float:
+        """The noisiest level of the statistics."""
+        return self.integrals.sigma_max
+
+    @property
+    def sigma_min(self) -> float:
+        """The cleanest level of the statistics."""
+        return self.integrals.sigma_min
+
+    def extra_repr(self) -> str:
+        """Return what is printed of it: where between forward (0) and backward (1), and the range of levels."""
+        return f"theta={self.theta.item():g}, levels {self.sigma_max:g} to {self.sigma_min:g}"
+
+    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
+        """Return the coefficients for valid levels."""
+        return euler_step_scalings(self.integrals(t, s), self.theta)
+
+    def _check_denominator(self, levels: Array) -> None:
+        """Refuse coefficients with a vanishing denominator; r grows with t, so the longest jumps tell."""
+        s = torch.from_numpy(np.unique(np.concatenate([levels, np.geomspace(levels[-1], levels[0], 2048)])))
+        s = s.clamp(self.sigma_min, self.sigma_max)
+        _, l_s, _, _, r = self.integrals(torch.full_like(s, self.sigma_max), s)
+        denominator = 1 + self.theta * l_s * r
+        if not bool((denominator > 0).all()):
+            worst = int(denominator.argmin())
+            raise ValueError(
+                f"l must keep the denominator 1 + theta l_s r positive, got {denominator[worst].item():.4g} for the "
+                f"jump from {self.sigma_max:g} to {s[worst].item():.6g}, where l = {l_s[worst].item():.4g}: a negative "
+                f"l is noise, take more samples or clamp the table at 0."
+            )
+
+
+def theta_of(discretization: str, theta: float | None) -> float:
+    """Return the theta that is asked for, by name or as a number."""
+    check_choice(discretization, ("backward", "forward"), "discretization")
+    if theta is None:
+        return 1.0 if discretization == "backward" else 0.0
+    if discretization != "backward":
+        raise ValueError(f"give a discretization or a theta, got {discretization!r} and theta = {theta}.")
+    if not isinstance(theta, int | float) or not 0 <= theta <= 1:
+        raise ValueError(f"theta must be a number from 0 (forward) to 1 (backward), got {theta!r}.")
+    return theta
+
+
+def euler_step_scalings(integrals: PairIntegrals, theta: Tensor) -> Scalings:
+    """Return the coefficients of an Euler step between the levels of some integrals (docs/method.md, section 3)."""
+    l_t, l_s, L_ratio, S_ratio, r = integrals
+    implicit, explicit = theta, (1 - theta) * S_ratio
+    denominator = 1 + implicit * l_s * r
+    return Scalings((L_ratio - explicit * l_t * r) / denominator, (explicit + implicit) * r / denominator)

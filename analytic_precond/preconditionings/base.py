@@ -1,0 +1,262 @@
+r"""Preconditionings: $(t, s) \mapsto (c_{skip}, c_{out})$, the jump $x_s = c_{skip}\, x_t + c_{out}\, D(x_t)$.
+
+They act on the student's *denoiser* D. Whatever D says, $c_{skip}(t, t) = 1$ and $c_{out}(t, t) = 0$, so that a jump
+from t to t changes nothing, and $D = x_t - t\, \partial_s x_s |_{s = t}$.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import check_positive, check_tensor
+from .._precision import FixedPrecisionModule, place, wide_dtype
+from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
+from ..noise_levels.per_sample import check_noise_level, expand_to
+
+ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
+
+
+class Scalings(NamedTuple):
+    """Coefficients of a jump.
+
+    Attributes:
+        c_skip: Multiplies the noisy data.
+        c_out: Multiplies the denoiser's (or, from ``on_network``, the raw network's) output.
+    """
+
+    c_skip: Tensor
+    c_out: Tensor
+
+
+class Preconditioning(FixedPrecisionModule):
+    """Base of all preconditionings: checks, dtypes and the jump around a subclass's `coefficients`.
+
+    Noise levels are floats or floating-point tensors that broadcast against each other, with ``s <= t`` inside the
+    preconditioning's range, to float32 rounding. Where looking at the values would stall the device (off the CPU) or
+    break a graph (torch.compile, torch.vmap), levels out of range give NaN instead of an error.
+
+    Args:
+        sigma_data: Standard deviation of the data, for `on_network`.
+    """
+
+    def __init__(self, sigma_data: float) -> None:
+        super().__init__()
+        check_positive(sigma_data, "sigma_data")
+        self.sigma_data = float(sigma_data)
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest noise level to start from."""
+        return math.inf
+
+    @property
+    def sigma_min(self) -> float:
+        """The smallest noise level to reach."""
+        return 0.0
+
+    @abstractmethod
+    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
+        """Return the coefficients for levels known to be valid, in their dtype: float64, or a device's float32."""
+
+    if TYPE_CHECKING:  # torch's own is untyped
+
+        def __call__(self, t: Tensor | float, s: Tensor | float) -> Scalings: ...  # noqa: D102
+
+    def forward(self, t: Tensor | float, s: Tensor | float) -> Scalings:
+        """Return ``c_skip`` and ``c_out`` of the jump from ``t`` to ``s``, on the denoiser.
+
+        Args:
+            t: Noise levels to start from.
+            s: Noise levels to reach, at most ``t``.
+
+        Returns:
+            The coefficients in the broadcast shape, computed in float64 (float32 where a device has none) and returned
+            in the levels' dtype (float32 for half-precision levels).
+        """
+        c_skip, c_out = self._wide(t, s)
+        dtypes = [level.dtype for level in (t, s) if isinstance(level, Tensor)] or [torch.float64]
+        dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[-1]), torch.float32)
+        if dtype == torch.float64:
+            dtype = wide_dtype(c_out.device)
+        return Scalings(c_skip.to(dtype), c_out.to(dtype))
+
+    def on_network(self, t: Tensor | float, s: Tensor | float) -> Scalings:
+        """Return ``c_skip`` and ``c_out`` of the same jump on a raw network F inside EDM's denoiser.
+
+        Args:
+            t: Noise levels to start from.
+            s: Noise levels to reach, at most ``t``.
+
+        Returns:
+            The coefficients of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, per mode or element where those of the
+            denoiser are.
+        """
+        c_skip, c_out = self(t, s)
+        t = place(t, c_out.device, c_out.dtype)
+        q = place(self.network_level(t, s), c_out.device, c_out.dtype)
+        edm = EDMPreconditioning(self.sigma_data)(q)
+        levels = torch.broadcast_shapes(t.shape, s.shape if isinstance(s, Tensor) else ())
+        own = [1] * (c_out.ndim - len(levels))  # dimensions of modes or elements
+        scalings = (edm.c_skip, input_scale(t, q, self.sigma_data), edm.c_out)
+        edm_skip, scale, edm_out = (c.expand(levels).reshape((*levels, *own)) for c in scalings)
+        return Scalings(c_skip + c_out * edm_skip * scale, c_out * edm_out)
+
+    def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
+        """Return the noise level that the network is told on a jump from t to s: t, where nothing else is said.
+
+        Args:
+            t: Noise levels to start from.
+            s: Noise levels to reach, at most ``t``.
+
+        Returns:
+            Noise levels from ``s`` to ``t``, in the broadcast shape.
+        """
+        return t
+
+    def query(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
+        r"""Return what the denoiser is asked for a jump: ``x_s = jump(x_t, D(*query(x_t, t, s)), t, s)``.
+
+        That is ``(x_t, t)``, unless the preconditioning asks at another noise level q: then $x_t$ is scaled by
+        $\sqrt{(q^2 + \sigma_{data}^2) / (t^2 + \sigma_{data}^2)}$, so that the network inside EDM's denoiser gets the
+        same input and is only told another level.
+
+        Args:
+            x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
+            t: Noise levels to start from. Shape ``(B,)``, or one for all.
+            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
+
+        Returns:
+            The denoiser's input and its noise level.
+        """
+        level = t if isinstance(t, Tensor) else place(t, x_t.device, torch.promote_types(x_t.dtype, torch.float32))
+        q = self.network_level(level, s)
+        if q is level:
+            return x_t, level
+        level = place(level, x_t.device, level.dtype)
+        return (expand_to(input_scale(level, q, self.sigma_data), x_t) * x_t).to(x_t.dtype), q
+
+    def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        """Return ``x_s = c_skip x_t + c_out denoised``.
+
+        Args:
+            x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
+            denoised: The denoiser's output, to what `query` returns: ``(x_t, t)`` but for `ShiftedPreconditioning`.
+                Shape of ``x_t``.
+            t: Noise levels to start from. Shape ``(B,)``, or one for all.
+            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
+
+        Returns:
+            The data at level ``s``, in the wider of the two tensors' dtypes. Shape of ``x_t``.
+
+        Raises:
+            TypeError: If an argument is not a floating-point tensor.
+            ValueError: If the shapes do not fit.
+        """
+        check_tensor(x_t, "x_t")
+        check_tensor(denoised, "denoised")
+        if denoised.shape != x_t.shape:
+            raise ValueError(f"denoised must have x_t's shape {tuple(x_t.shape)}, got {tuple(denoised.shape)}.")
+        dtype = torch.promote_types(x_t.dtype, denoised.dtype)
+        compute = torch.promote_types(dtype, torch.float32)
+        c_skip, c_out = (expand_to(c.to(compute), x_t) for c in self._wide_for(x_t, t, s))
+        return (c_skip * x_t + c_out * denoised).to(dtype)
+
+    def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
+        r"""Return the denoiser output with which the jump lands on ``x_s``: the inverse of `jump`.
+
+        $$D^* = (x_s - c_{skip}\, x_t) / c_{out}$$
+
+        A short jump divides by a small ``c_out``, and whatever error ``x_s`` has with it: compute ``x_s`` in float64.
+
+        Args:
+            x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
+            x_s: Where the jump is to land. Shape of ``x_t``.
+            t: Noise levels to start from. Shape ``(B,)``, or one for all.
+            s: Noise levels to reach, below ``t``. Shape ``(B,)``, or one for all.
+
+        Returns:
+            The output, computed and returned in float64 (float32 where a device has none). Shape of ``x_t``. Off the
+            CPU, where s = t is not looked for, such samples are NaN.
+
+        Raises:
+            TypeError: If an argument is not a floating-point tensor.
+            ValueError: If the shapes do not fit, or s = t, where the jump ignores the denoiser.
+        """
+        check_tensor(x_t, "x_t")
+        check_tensor(x_s, "x_s")
+        if x_s.shape != x_t.shape:
+            raise ValueError(f"x_s must have x_t's shape {tuple(x_t.shape)}, got {tuple(x_s.shape)}.")
+        c_skip, c_out = (expand_to(c, x_t) for c in self._wide_for(x_t, t, s))
+        trivial = c_out == 0
+        if x_t.device.type == "cpu" and not torch.compiler.is_compiling() and bool(trivial.any()):
+            index = int(trivial.flatten().nonzero()[0]) // trivial.shape[1:].numel()  # the sample's
+            raise ValueError(
+                f"t > s needed, got s = t at position {index}: a jump from a level to itself lands on x_t whatever the "
+                f"denoiser returns."
+            )
+        required = (x_s.to(c_out.dtype) - c_skip * x_t.to(c_out.dtype)) / c_out
+        return torch.where(trivial, torch.nan, required)
+
+    def _wide_for(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
+        """Return the coefficients in the widest dtype of x_t's device, of levels that fit x_t."""
+        for level, name in ((t, "t"), (s, "s")):
+            if isinstance(level, Tensor):
+                check_noise_level(level, x_t, name)
+        return self._wide(t, s, x_t.device)
+
+    def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
+        """Return the coefficients in the widest dtype that the device has, after all checks."""
+        t, s, valid = self._levels(t, s, device)
+        coefficients = self.coefficients(t, s)
+        if valid is None:
+            return coefficients
+        return Scalings(*(torch.where(valid, c, torch.nan) for c in coefficients))
+
+    def _levels(
+        self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the levels in that dtype and of one shape, and which are valid where that could not be checked."""
+        for level, name in ((t, "t"), (s, "s")):
+            if isinstance(level, Tensor):
+                check_tensor(level, name)
+                device = level.device if device is None else device
+            elif not isinstance(level, float):
+                raise TypeError(
+                    f"{name} must be a noise level (float or floating-point tensor), got {level!r} "
+                    f"({type(level).__name__}): write 80.0, or look an index up in a grid."
+                )
+        if device is None:
+            device = self._device
+        dtype = wide_dtype(device)
+        t, s = (place(level, device, dtype) for level in (t, s))
+        try:
+            shape = torch.broadcast_shapes(t.shape, s.shape)
+        except RuntimeError as error:
+            raise ValueError(f"t and s must broadcast, got shapes {tuple(t.shape)} and {tuple(s.shape)}.") from error
+        t, s = t.expand(shape), s.expand(shape)
+        low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
+        valid = (s <= t * (1 + ROUNDING)) & (s >= low) & (t <= high) & (t > 0)
+        checked = device.type == "cpu" and not torch.compiler.is_compiling() and self._refuse(t, s, valid)
+        return t, s, None if checked else valid
+
+    def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
+        """Raise for the first jump that is not valid; return whether the values could be read."""
+        try:
+            all_valid = bool(valid.all())
+        except RuntimeError:  # torch.vmap
+            return False
+        if not all_valid:
+            index = int((~valid).flatten().nonzero()[0])
+            t_bad, s_bad = t.flatten()[index].item(), s.flatten()[index].item()
+            inside = self.sigma_min <= s_bad and t_bad <= self.sigma_max
+            advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
+            raise ValueError(
+                f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
+                f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."
+            )
+        return True

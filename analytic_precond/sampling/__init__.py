@@ -1,0 +1,1 @@
+"""From noise to data in a few jumps of a student."""

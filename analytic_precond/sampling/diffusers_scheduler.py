@@ -1,0 +1,247 @@
+r"""A scheduler for the diffusers library: consistency sampling with any preconditioning.
+
+A pipeline calls its network with one time, so its jumps all end at ``sigma_min``, and the network's input and output
+need only be scaled: four numbers per noise level, which the scheduler keeps in its config. A saved pipeline samples
+bit for bit as before, without the statistics or the preconditioning that the numbers came from.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from ..noise_levels.network_scalings import input_scale
+from ..students.consistency_models import ConsistencyModel
+from .levels import Levels, is_cleanest, resolve_levels
+
+try:
+    from diffusers.configuration_utils import ConfigMixin, register_to_config
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+    from diffusers.utils.torch_utils import randn_tensor
+except ImportError as error:
+    raise ImportError(
+        "expected the diffusers package for ConsistencyJumpScheduler, got none: pip install diffusers"
+    ) from error
+
+
+class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the two disagree on config_name
+    r"""Multistep sampling of a one-time student in ``diffusers.ConsistencyModelPipeline``.
+
+    With the raw network F of a `ConsistencyModel`, at the levels $t_i$ of its grid,
+
+    $$x_{\sigma_{min}} = c_{skip}\, x_t + c_{out}\, F(c_{in}\, x_t, c_{noise}), \qquad
+      x_{t_{i+1}} = x_{\sigma_{min}} + \sqrt{t_{i+1}^2 - \sigma_{min}^2}\; z$$
+
+    as `sample_multistep`. Make it with `from_student`; the arguments are what diffusers keeps in
+    ``scheduler_config.json``. Nothing is clipped.
+
+    A saved pipeline names this module. Newer diffusers loads it only where it has been imported:
+    ``import analytic_precond.diffusers_scheduler`` before ``from_pretrained``.
+
+    Args:
+        levels: Noise levels, noisiest first. The pipeline starts from the first.
+        c_noise: What the network is told of each level; the scheduler's ``timesteps`` are of these.
+        c_in: Multiplies the data on their way into the network, per level.
+        c_skip: Multiplies the data in the jump from each level to ``sigma_min``.
+        c_out: Multiplies the network's output in that jump.
+        sigma_min: The level that all jumps reach.
+
+    Raises:
+        ValueError: If the tables do not fit together.
+
+    Examples:
+        >>> from analytic_precond import CTMPreconditioning, karras_noise_levels
+        >>> student = ConsistencyModel(lambda x, c_noise: 0 * x, CTMPreconditioning())
+        >>> scheduler = ConsistencyJumpScheduler.from_student(student, karras_noise_levels(40))
+        >>> scheduler.set_timesteps(timesteps=[22, 0])
+        >>> scheduler.timesteps, scheduler.init_noise_sigma  # ln(t) / 4 at levels 0 and 22
+        (tensor([1.0955, 0.0809]), 80.0)
+    """
+
+    order = 1
+    init_noise_sigma: float
+    timesteps: Tensor
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        *,  # diffusers takes positional arguments for defaults when it copies a config
+        levels: list[float],
+        c_noise: list[float],
+        c_in: list[float],
+        c_skip: list[float],
+        c_out: list[float],
+        sigma_min: float,
+    ) -> None:
+        tables = {"levels": levels, "c_noise": c_noise, "c_in": c_in, "c_skip": c_skip, "c_out": c_out}
+        for name, table in tables.items():
+            if len(table) != len(levels) or not all(math.isfinite(value) for value in table):
+                raise ValueError(
+                    f"{name} must hold a finite number for each of {len(levels)} levels, got {table!r:.200}."
+                )
+        if resolve_levels(levels, sigma_min=sigma_min) != levels:
+            raise ValueError(f"levels must decrease from the noisiest, got {levels!r:.200}.")
+        self._times = torch.tensor(c_noise, dtype=torch.float32, device="cpu")
+        if len(self._times.unique()) < len(levels):
+            raise ValueError("c_noise must tell all levels apart in float32, got duplicates: take fewer levels.")
+        self.init_noise_sigma = levels[0]
+        self.set_timesteps(1)
+
+    @classmethod
+    def from_student(cls, student: ConsistencyModel, levels: Levels) -> ConsistencyJumpScheduler:
+        """Make the scheduler of a student, whose raw network the pipeline then holds as ``unet``.
+
+        Args:
+            student: The student; of its network nothing is used. Of an average, pass ``average.module``.
+            levels: The noise levels that timesteps are indices of, usually the training grid: a final 0 stands for
+                ``sigma_min``. Pipelines start from the noisiest.
+
+        Returns:
+            The scheduler.
+
+        Raises:
+            TypeError: If ``student`` is not a `ConsistencyModel`, or its preconditioning has coefficients per mode or
+                element.
+            ValueError: If a level is out of the student's range.
+        """
+        if not isinstance(student, ConsistencyModel):
+            raise TypeError(
+                f"student must be a ConsistencyModel, got {type(student).__name__}: pipelines tell a network one noise "
+                f"level, so no others fit; of an average, pass average.module."
+            )
+        grid = resolve_levels(levels, sigma_min=student.sigma_min)
+        rows = [_jump_on_network(student, t) for t in grid]
+        q, c_in, c_skip, c_out = (list(column) for column in zip(*rows, strict=True))
+        told = torch.tensor(q, dtype=torch.float32, device="cpu")
+        with torch.no_grad():  # in float32, as the student tells it with float32 data
+            conditioning = student.noise_conditioning
+            times = student.edm(told).c_noise if conditioning is None else conditioning(told)
+        scheduler: ConsistencyJumpScheduler = cls(
+            levels=grid, c_noise=times.tolist(), c_in=c_in, c_skip=c_skip, c_out=c_out, sigma_min=student.sigma_min
+        )
+        return scheduler
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Levels | None = None,
+    ) -> None:
+        """Choose the levels to jump from.
+
+        Args:
+            num_inference_steps: Number of jumps, from levels spaced evenly in the grid:
+                ``CMStochasticIterativeScheduler``'s, which are the indices ``k * (len(levels) // number)``.
+            device: Where `timesteps` go.
+            timesteps: Indices into the config's ``levels`` instead, in either order. 0 must be among them, since
+                pipelines start from there; the last, where it is ``sigma_min``, means no further call.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If not exactly one of the two is given, or it is out of range.
+        """
+        levels, sigma_min = self.config["levels"], self.config["sigma_min"]
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                f"expected num_inference_steps or timesteps, got {num_inference_steps} and {timesteps}: pass one."
+            )
+        if timesteps is None:
+            most = len(levels) - is_cleanest(levels[-1], sigma_min)
+            if isinstance(num_inference_steps, bool) or not isinstance(num_inference_steps, int):
+                raise TypeError(f"num_inference_steps must be an int, got {num_inference_steps!r}.")
+            if not 1 <= num_inference_steps <= most:
+                raise ValueError(
+                    f"num_inference_steps must be from 1 to {most}, the number of levels to jump from, got "
+                    f"{num_inference_steps}: make the scheduler with more levels."
+                )
+            timesteps = [k * (len(levels) // num_inference_steps) for k in range(num_inference_steps)]
+        try:
+            chosen = resolve_levels(timesteps, levels, sigma_min)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"timesteps must be indices into the grid of {len(levels)} levels: {error}") from error
+        if chosen[0] != levels[0]:
+            raise ValueError(f"timesteps must hold 0, the noisiest level, where pipelines start, got {timesteps}.")
+        self._rows = [levels.index(level) for level in chosen if not is_cleanest(level, sigma_min)]
+        self.timesteps = self._times[self._rows].to(device)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Return ``c_in * sample``, what the network is called with.
+
+        Args:
+            sample: Noisy data. Shape ``(B, ...)``.
+            timestep: One of `timesteps`.
+
+        Returns:
+            The scaled data. Shape and dtype of ``sample``.
+
+        Raises:
+            ValueError: If ``timestep`` is another.
+        """
+        c_in: float = self.config["c_in"][self._rows[self._number(timestep)]]
+        return (c_in * sample.to(_at_least_float32(sample))).to(sample.dtype)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: Generator | list[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> Any:
+        """Jump to ``sigma_min`` and add noise up to the next level, if there is one.
+
+        Args:
+            model_output: The raw network's output. Shape ``(B, ...)``.
+            timestep: One of `timesteps`.
+            sample: Noisy data at that level, not scaled. Shape ``(B, ...)``.
+            generator: For the noise, as everywhere in diffusers: one, or one per sample.
+            return_dict: False for a tuple.
+
+        Returns:
+            A ``SchedulerOutput`` with ``prev_sample``, or the tuple ``(prev_sample,)``. Dtype of ``sample``.
+
+        Raises:
+            ValueError: If ``timestep`` is not one of `timesteps`.
+        """
+        number, dtype = self._number(timestep), _at_least_float32(sample)
+        row = self._rows[number]
+        x = self.config["c_skip"][row] * sample.to(dtype) + self.config["c_out"][row] * model_output.to(dtype)
+        if number + 1 < len(self._rows):
+            u, sigma_min = self.config["levels"][self._rows[number + 1]], self.config["sigma_min"]
+            z = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            x = x + math.sqrt(u**2 - sigma_min**2) * z
+        x = x.to(sample.dtype)
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def _number(self, timestep: Tensor | float) -> int:
+        """Return the position of a timestep among `timesteps`."""
+        found = (self.timesteps == timestep).nonzero().flatten().tolist()
+        if len(found) != 1:
+            raise ValueError(
+                f"timestep must be one of scheduler.timesteps, {self.timesteps.tolist()}, got {timestep}: call "
+                f"set_timesteps first and loop over scheduler.timesteps."
+            )
+        return int(found[0])
+
+
+def _jump_on_network(student: ConsistencyModel, t: float) -> tuple[float, float, float, float]:
+    """Return the level that the raw network is told; on it, c_in, c_skip and c_out of the jump from t to sigma_min."""
+    scalings = student.precond(t, student.sigma_min)
+    if scalings.c_out.ndim:
+        raise TypeError(
+            f"student.precond must have one pair of coefficients per level, which is what the scheduler holds, got "
+            f"{type(student.precond).__name__} with one per mode or element: sample with sample_multistep, or train "
+            f"with AnalyticPreconditioning or LeastSquaresPreconditioning."
+        )
+    c_skip, c_out = (float(c) for c in scalings)
+    here = torch.tensor(t, dtype=torch.float64, device="cpu")
+    q = student.precond.network_level(here, student.sigma_min).to(here)
+    edm, scale = student.edm(q), float(input_scale(here, q, student.precond.sigma_data))
+    return float(q), float(edm.c_in) * scale, c_skip + c_out * float(edm.c_skip) * scale, c_out * float(edm.c_out)
+
+
+def _at_least_float32(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

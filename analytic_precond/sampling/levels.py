@@ -1,0 +1,188 @@
+r"""The levels of a sampler as users write them: noise levels or grid indices, noisy to clean or the other way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from numbers import Integral, Real
+
+from torch import Tensor, nn
+
+from ..preconditionings.base import ROUNDING, Preconditioning
+
+Levels = Tensor | Sequence[float] | Sequence[int]
+
+
+def resolve_levels(levels: Levels, grid: Levels | None = None, sigma_min: float = 0.002) -> list[float]:
+    """Return noise levels from the noisiest to the cleanest.
+
+    Published codes write the same levels differently: consistency models give ascending indices that end with the
+    grid's last, diffusers descending ones without it, EDM's grids end with 0.
+
+    Args:
+        levels: Noise levels (floats, in a tensor or sequence) or indices (ints) into ``grid``, in either order.
+        grid: Noise levels that indices refer to, in either order.
+        sigma_min: The cleanest level that a jump may reach, which a final 0 stands for.
+
+    Returns:
+        Strictly decreasing levels; the last is at least ``sigma_min``, to float32 rounding, the first above it.
+
+    Raises:
+        TypeError: If an argument does not hold numbers, or both indices and noise levels.
+        ValueError: If levels are missing, not monotone or out of range, or only one of indices and a grid is given.
+
+    Examples:
+        >>> resolve_levels([0, 2], grid=[80.0, 10.0, 1.0, 0.002])
+        [80.0, 1.0]
+        >>> resolve_levels([0.0, 1.0, 80.0])
+        [80.0, 1.0, 0.002]
+    """
+    _check_sigma_min(sigma_min)
+    numbers = _numbers(levels, "levels")
+    integers = [isinstance(number, Integral) for number in numbers]
+    if any(integers) and not all(integers):
+        raise TypeError(
+            f"levels must be noise levels (floats) or indices (ints), got both in {_shown(numbers)}: write 80.0 for a "
+            f"noise level of 80."
+        )
+    if all(integers):
+        values = _monotone(_look_up(numbers, grid), "levels")
+    elif grid is not None:
+        raise ValueError(
+            f"grid is for indices, got noise levels {_shown(numbers)}: leave grid out, or pass levels as ints."
+        )
+    else:
+        values = _monotone(_nonnegative(numbers, "levels"), "levels")
+    if values[-1] == 0:
+        values.pop()
+        if not values or not is_cleanest(values[-1], sigma_min):
+            values.append(float(sigma_min))
+    if values[-1] < sigma_min * (1 - ROUNDING):
+        raise ValueError(
+            f"levels must not lie below sigma_min = {sigma_min:g}, the cleanest level that jumps reach, got "
+            f"{values[-1]:.9g}: leave it out, or pass the student's sigma_min."
+        )
+    if is_cleanest(values[0], sigma_min):
+        raise ValueError(
+            f"levels must start above sigma_min = {sigma_min:g}, got {_shown(values)}: start with the level of x."
+        )
+    return values
+
+
+def is_cleanest(level: float, sigma_min: float) -> bool:
+    """Tell whether a level is ``sigma_min``, to float32 rounding: nothing is left to jump."""
+    return level <= sigma_min * (1 + ROUNDING)
+
+
+def check_jumps(student: object, jumps: Sequence[tuple[float, float]]) -> None:
+    """Refuse jumps that a student's preconditioning does not make; of a plain function nothing is known.
+
+    Args:
+        student: A student, one inside a wrapper, or any function.
+        jumps: Pairs of levels t and s.
+
+    Raises:
+        TypeError: If the student is not callable.
+        ValueError: If a jump is out of the student's range.
+    """
+    if not callable(student):
+        raise TypeError(f"student must be callable as student(x, t, s), got {type(student).__name__}.")
+    precond = getattr(student, "precond", None)
+    if not isinstance(precond, Preconditioning):
+        inner = getattr(student, "module", None)  # of AveragedModel, DistributedDataParallel
+        return check_jumps(inner, jumps) if isinstance(inner, nn.Module) else None
+    only = getattr(student, "sigma_min", None)  # of ConsistencyModel
+    for t, s in jumps:
+        if only is not None and abs(s - only) > ROUNDING * only:
+            raise ValueError(
+                f"expected jumps to the student's sigma_min = {only:g}, the only level that a ConsistencyModel "
+                f"reaches, got one to {s:.9g}: call sample_one_step or sample_multistep with sigma_min={only:g}."
+            )
+        try:
+            c_skip, _ = precond(t, s)
+        except ValueError as error:
+            raise ValueError(f"levels must lie in the student's range: {error}") from error
+        if bool(c_skip.isnan().any()):  # what a preconditioning on another device answers
+            raise ValueError(
+                f"levels must lie in the student's range, {precond.sigma_min:g} to {precond.sigma_max:g}, got a jump "
+                f"from {t:.9g} to {s:.9g}."
+            )
+
+
+def _check_sigma_min(sigma_min: object) -> None:
+    """Refuse anything but a finite number of at least 0."""
+    if isinstance(sigma_min, bool) or not isinstance(sigma_min, int | float):
+        raise TypeError(f"sigma_min must be a number, got {sigma_min!r} ({type(sigma_min).__name__}).")
+    if not 0 <= sigma_min < math.inf:
+        raise ValueError(f"sigma_min must be finite and not negative, got {sigma_min}.")
+
+
+def _numbers(values: Levels, name: str) -> list[float]:
+    """Return a 1-D tensor or sequence as Python's or NumPy's numbers."""
+    if isinstance(values, Tensor):
+        if values.ndim != 1:
+            raise ValueError(f"{name} must be 1-D, got a tensor of shape {tuple(values.shape)}: flatten it.")
+        values = values.tolist()
+    try:
+        numbers = list(values)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} must be a 1-D tensor or a sequence of numbers, got {values!r}: write [{values}]."
+        ) from error
+    if not numbers:
+        raise ValueError(f"{name} must hold at least one level, got none.")
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(
+                f"{name} must hold floats or ints, got {number!r} ({type(number).__name__}): a tensor's number is its "
+                f".item()."
+            )
+    return numbers
+
+
+def _look_up(indices: list[float], grid: Levels | None) -> list[float]:
+    """Return the grid's levels at the indices."""
+    if grid is None:
+        raise ValueError(
+            f"levels must be noise levels where no grid is given, got the ints {_shown(indices)}: write 80.0, or pass "
+            f"the grid that they are indices of, e.g. grid=preset('openai_cm').multistep_levels(40)."
+        )
+    values = _nonnegative(_numbers(grid, "grid"), "grid")
+    _monotone(values, "grid")
+    for position, index in enumerate(indices):
+        if not 0 <= index < len(values):
+            raise ValueError(
+                f"levels must be indices from 0 to {len(values) - 1}, the end of the grid, got {index} at position "
+                f"{position}."
+            )
+    return [values[int(index)] for index in indices]
+
+
+def _nonnegative(numbers: list[float], name: str) -> list[float]:
+    """Return the numbers as floats; refuse NaN, infinity and negative ones."""
+    values = [float(number) for number in numbers]
+    for position, value in enumerate(values):
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"{name} must be finite noise levels (sigma), not negative, got {value} at position {position}."
+            )
+    return values
+
+
+def _monotone(values: list[float], name: str) -> list[float]:
+    """Return the values from the largest to the smallest; refuse disorder and duplicates."""
+    ordered = values if values[0] >= values[-1] else values[::-1]
+    for a, b in pairwise(ordered):
+        if a <= b:
+            raise ValueError(
+                f"{name} must decrease or increase strictly, got {_shown(values)}, with {a:.9g} beside {b:.9g}: sort "
+                f"them and drop duplicates."
+            )
+    return list(ordered)
+
+
+def _shown(values: list[float]) -> str:
+    """Return a list for an error message, cut where it is long."""
+    shown = ", ".join(f"{value:.9g}" for value in values[:8])
+    return f"[{shown}{', ...' if len(values) > 8 else ''}]"

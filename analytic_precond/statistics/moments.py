@@ -1,0 +1,103 @@
+r"""Sums over samples, from which every statistic follows (docs/method.md, section 6).
+
+A *unit* is an antithetic pair $x_0 \pm t n$. At each level it yields the inner products listed in `MOMENTS`, averaged
+over its two halves. They are summed in float64 per *group*, a block of consecutive units; the spread between groups
+gives the standard error of whatever is computed from the sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[np.float64]
+
+# an estimate of tr dD/dx and its normaliser; inner products of E = D - a x, x and y = dE/dlambda (0 where not needed)
+MOMENTS = ("trace", "norm", "EE", "Ex", "xx", "Ey", "xy")
+
+PRODUCTS = ((0, 0), (0, 1), (1, 1), (0, 2), (1, 2))  # the features E, x, y that each moment after norm multiplies
+
+GROUPS = 32
+
+
+def reference(levels: Array) -> Array:
+    """Return a, the part of x that is taken out of D before products are formed: all of it below t = 1.
+
+    There D is nearly x, and the small remainder would be lost in the rounding of D's own square.
+    """
+    return np.where(levels < 1, 1.0, 0.0)
+
+
+def num_groups(num_units: int) -> int:
+    """Return the number of groups: at most `GROUPS`, of at least two units each."""
+    return max(1, min(GROUPS, num_units // 2))
+
+
+def group_range(group: int, num_units: int) -> tuple[int, int]:
+    """Return the first unit of a group and the first one after it."""
+    groups = num_groups(num_units)
+    return -(-group * num_units // groups), -(-(group + 1) * num_units // groups)
+
+
+def group_sizes(num_units: int) -> list[int]:
+    """Return the number of units in each group."""
+    return [stop - start for start, stop in (group_range(g, num_units) for g in range(num_groups(num_units)))]
+
+
+def group_of(first_unit: int, count: int, num_units: int) -> Tensor:
+    """Return the groups of consecutive units, blocks of equal size as nearly as can be, whatever the batches."""
+    return torch.arange(first_unit, first_unit + count, device="cpu") * num_groups(num_units) // num_units
+
+
+def inner_products(features: Sequence[Tensor]) -> Tensor:
+    """Return the products of E, x and y, averaged over the halves.
+
+    Args:
+        features: E, x and perhaps y, flattened. Each of shape ``(halves, B, d)``.
+
+    Returns:
+        The moments from ``"EE"`` on. Shape ``(B, 5)``.
+    """
+    zero = features[0].new_zeros(features[0].shape[1])
+    return torch.stack(
+        [(features[a] * features[b]).sum(-1).mean(0) if b < len(features) else zero for a, b in PRODUCTS], 1
+    )
+
+
+def jackknife(counts: Array, sums: Array, statistic: Callable[[Array], Sequence[Array]]) -> list[tuple[Array, Array]]:
+    """Return the statistic of the mean moments with its standard error, by leaving out one group at a time.
+
+    Groups may differ in size (Busing, Meijer and van der Leeden 1999). The errors carry Student's factor for the
+    number of groups, so that 1.96 of them make a 95 % interval.
+
+    Args:
+        counts: Units per group. Shape ``(G,)``.
+        sums: Moments summed per group. Shape ``(G, K, M)``.
+        statistic: Maps mean moments of shape ``(R, K, M)`` to results of shape ``(R, K)``.
+
+    Returns:
+        Per result its value and standard error, each of shape ``(K,)``; infinite errors where there is one group.
+    """
+    n, groups = counts.sum(), len(counts)
+    total = sums.sum(0)
+    if groups < 2:
+        return [(r[0], np.full_like(r[0], np.inf)) for r in statistic(total[None] / n)]
+    left_out = (total - sums) / (n - counts)[:, None, None]
+    results = statistic(np.concatenate([total[None] / n, left_out]))
+
+    from scipy.special import stdtrit
+
+    student = float(stdtrit(groups - 1, 0.975)) / 1.959963984540054
+    h = (n / counts)[:, None]
+    pairs = []
+    for result in results:
+        value, without = result[0], result[1:]
+        pseudo = h * value - (h - 1) * without
+        center = groups * value - ((1 - 1 / h) * without).sum(0)
+        variance = ((pseudo - center) ** 2 / (h - 1)).mean(0)
+        pairs.append((value, student * np.sqrt(variance)))
+    return pairs

@@ -1,0 +1,1 @@
+"""Consistency models: a network and a preconditioning; their weights; settings of published codes."""

@@ -1,0 +1,155 @@
+r"""Denoisers from models and schedulers of the diffusers library, which is not imported: their names and configs do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._checks import check_choice
+from ..noise_levels.schedules import RectifiedFlowSchedule
+from ..noise_levels.vp_schedules import VPDiscreteSchedule
+from .networks import NetworkDenoiser, NetworkScalings
+from .predictions import PredictionScalings
+
+
+def denoiser_from_diffusers(model: nn.Module, scheduler: Any, **condition: Any) -> NetworkDenoiser:
+    r"""Make a denoiser of a diffusers model and the scheduler that it was trained for.
+
+    The result is what the scheduler's ``step`` takes for the clean sample (``pred_original_sample``), at any noise
+    level and per sample, without the clipping and thresholding that some schedulers add:
+
+    - schedulers with ``alphas_cumprod`` (DDPM, DDIM, Euler, DPM-Solver, ...): epsilon, v and sample predictions;
+      between timesteps $\ln t$ is linear, beyond them the model is told the nearest one,
+    - EDM schedulers: EDM's scalings with their ``sigma_data``,
+    - flow-matching schedulers: velocities; a shift changes their sampling grid, not the denoiser,
+    - ``CMStochasticIterativeScheduler``: consistency models. Their output is the end of the ODE, close to but not
+      the posterior mean.
+
+    A learned variance (twice the channels) is dropped. A pipeline may do more around a model, such as packing latents
+    or rescaling the timestep (Flux): do that in a module around the model.
+
+    Args:
+        model: The model, in eval mode, called as ``model(x, timestep=..., return_dict=False, **condition)``.
+        scheduler: The scheduler; only its config and tables are read.
+        **condition: Conditions for every call, e.g. ``class_labels`` or ``encoder_hidden_states``; those of a call
+            come on top.
+
+    Returns:
+        The denoiser.
+
+    Raises:
+        TypeError: If the scheduler is not one of the supported ones.
+        ValueError: If its prediction type is not.
+
+    Examples:
+        >>> from types import SimpleNamespace
+        >>> import torch
+        >>> class EDMEulerScheduler:  # diffusers has the real one
+        ...     config = SimpleNamespace(sigma_data=0.5, prediction_type="epsilon")
+        >>> model = lambda x, timestep, return_dict: (0 * x,)
+        >>> denoiser_from_diffusers(model, EDMEulerScheduler())(torch.tensor([[2.0]]), torch.tensor([0.5]))
+        tensor([[1.]])
+    """
+    names = [cls.__name__ for cls in type(scheduler).__mro__]
+    scalings_of = next((_SCALINGS[name] for name in names if name in _SCALINGS), None)
+    if scalings_of is None:
+        raise TypeError(
+            f"expected one of the diffusers schedulers {', '.join(_SCALINGS)}, got {names[0]}: pass the one that the "
+            f"model was trained for, or say what it predicts with denoiser_from_network."
+        )
+    return NetworkDenoiser(_TimestepByKeyword(model), scalings_of(scheduler), condition, learned_variance=True)
+
+
+class _TimestepByKeyword(nn.Module):
+    """A diffusers model as ``network(x, time)``: not all take the timestep second, and all can return a tuple."""
+
+    def __init__(self, model: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, time: Tensor, **condition: Any) -> Any:
+        return self.model(x, timestep=time, return_dict=False, **condition)[0]
+
+
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+
+
+def _discrete(scheduler: Any) -> NetworkScalings:
+    """Return the scalings of a table of alphas_cumprod."""
+    config = scheduler.config
+    check_choice(config.prediction_type, _PREDICTION_TYPES, f"{type(scheduler).__name__}'s prediction_type")
+    if getattr(config, "timestep_type", "discrete") == "continuous" and config.prediction_type == "v_prediction":
+        return _EDMScalings(sigma_data=1.0, sign=-1)
+    alphas_cumprod = scheduler.alphas_cumprod
+    if getattr(config, "rescale_betas_zero_snr", False):
+        alphas_cumprod = alphas_cumprod[:-1]  # the last is pure noise: 0, or a stand-in for it
+    return PredictionScalings(_PREDICTION_TYPES[config.prediction_type], VPDiscreteSchedule(alphas_cumprod))
+
+
+def _edm(scheduler: Any) -> NetworkScalings:
+    """Return EDM's scalings; diffusers' v differs from its epsilon in the sign of the output."""
+    config = scheduler.config
+    check_choice(config.prediction_type, ("epsilon", "v_prediction"), f"{type(scheduler).__name__}'s prediction_type")
+    return _EDMScalings(config.sigma_data, sign=1 if config.prediction_type == "epsilon" else -1)
+
+
+def _flow(scheduler: Any) -> NetworkScalings:
+    """Return the scalings of a flow, told its time in training steps."""
+    config = scheduler.config
+    data_at = 1 if getattr(config, "invert_sigmas", False) else 0
+    schedule = RectifiedFlowSchedule(data_at, time_scale=float(config.num_train_timesteps))
+    return PredictionScalings("velocity", schedule)
+
+
+def _consistency(scheduler: Any) -> NetworkScalings:
+    """Return the scalings of a consistency model."""
+    return _ConsistencyScalings(scheduler.config.sigma_data, scheduler.config.sigma_min)
+
+
+_SCALINGS: dict[str, Callable[[Any], NetworkScalings]] = {
+    "DDPMScheduler": _discrete,
+    "DDIMScheduler": _discrete,
+    "PNDMScheduler": _discrete,
+    "EulerDiscreteScheduler": _discrete,
+    "EulerAncestralDiscreteScheduler": _discrete,
+    "HeunDiscreteScheduler": _discrete,
+    "LMSDiscreteScheduler": _discrete,
+    "DPMSolverMultistepScheduler": _discrete,
+    "DPMSolverSinglestepScheduler": _discrete,
+    "DEISMultistepScheduler": _discrete,
+    "UniPCMultistepScheduler": _discrete,
+    "EDMEulerScheduler": _edm,
+    "EDMDPMSolverMultistepScheduler": _edm,
+    "FlowMatchEulerDiscreteScheduler": _flow,
+    "FlowMatchHeunDiscreteScheduler": _flow,
+    "CMStochasticIterativeScheduler": _consistency,
+}
+
+
+@dataclass(frozen=True)
+class _EDMScalings:
+    """EDM's denoiser around a network of either sign, told ln(t) / 4."""
+
+    sigma_data: float
+    sign: int
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        total = t**2 + self.sigma_data**2
+        c_in = total.rsqrt()
+        return self.sigma_data**2 / total, self.sign * t * self.sigma_data * c_in, c_in, t.log() / 4
+
+
+@dataclass(frozen=True)
+class _ConsistencyScalings:
+    """A consistency model that returns x itself at ``sigma_min``, told 250 ln(t + 1e-44)."""
+
+    sigma_data: float
+    sigma_min: float
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        c_in = (t**2 + self.sigma_data**2).rsqrt()
+        c_skip = self.sigma_data**2 / ((t - self.sigma_min) ** 2 + self.sigma_data**2)
+        return c_skip, (t - self.sigma_min) * self.sigma_data * c_in, c_in, 250 * (t + 1e-44).log()

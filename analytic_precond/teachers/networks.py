@@ -1,0 +1,211 @@
+r"""Networks of other codebases as denoisers.
+
+Whatever a network F predicts, the denoiser is linear in it: $D(x, t) = c_{skip} x + c_{out} F(c_{in} x, c_{noise})$
+with four functions of the noise level, which follow from what it predicts under which schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_tensor
+from .._precision import network_dtype, wide_dtype
+from ..noise_levels.per_sample import expand_to
+from ..noise_levels.schedules import EDMSchedule, Schedule
+from .predictions import PredictionScalings
+
+NetworkScalings = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
+
+
+class NetworkDenoiser(nn.Module):
+    r"""The denoiser $D(x, t) = c_{skip} x + c_{out} F(c_{in} x, c_{noise})$ around a raw network F.
+
+    The coefficients are computed in float64 and applied in float32 or wider. The network is called in its own dtype,
+    under whatever autocast is active, and told ``c_noise`` in float32 or wider; the result is in ``x``'s dtype.
+
+    Args:
+        network: Called as ``network(c_in x, c_noise, **condition)`` with ``c_noise`` of shape ``(B,)``. If it is an
+            `nn.Module`, its parameters are the denoiser's.
+        scalings: From noise levels of shape ``(B,)`` to ``(c_skip, c_out, c_in, c_noise)``, for example an
+            `EDMPreconditioning`.
+        condition: Conditions for every call, e.g. labels; those of a call come on top.
+        dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
+        learned_variance: Drop the second half of twice as many channels as ``x`` has.
+
+    Raises:
+        TypeError: If ``network`` is not callable.
+
+    Examples:
+        >>> from analytic_precond import EDMPreconditioning
+        >>> denoiser = NetworkDenoiser(lambda x, c_noise: 0 * x, EDMPreconditioning(sigma_data=0.5))
+        >>> denoiser(torch.tensor([[2.0]]), torch.tensor([0.5]))
+        tensor([[1.]])
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        scalings: NetworkScalings,
+        condition: dict[str, Any] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        learned_variance: bool = False,
+    ) -> None:
+        super().__init__()
+        if not callable(network):
+            raise TypeError(f"network must be callable as network(x, time), got {type(network).__name__}.")
+        self.network = network
+        self.scalings = scalings
+        self.condition = dict(condition or {})
+        self.dtype = dtype
+        self.learned_variance = learned_variance
+
+    def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
+        """Return the estimate of the clean data. Shapes: ``x`` (B, ...), ``t`` (B,).
+
+        Raises:
+            TypeError: If the network does not take the conditions, or returns no floating-point tensor.
+            ValueError: If shapes do not fit.
+        """
+        check_tensor(x, "x")
+        c_skip, c_out, c_in, c_noise = self.scalings(_one_level_per_sample(t, x).to(wide_dtype(x.device)))
+        float_dtype = torch.promote_types(x.dtype, torch.float32)
+        z = (expand_to(c_in, x).to(float_dtype) * x).to(self._network_dtype(x.dtype))
+
+        output = self._call_network(z, c_noise, {**self.condition, **condition})
+        float_dtype = torch.promote_types(float_dtype, output.dtype)
+        c_skip, c_out = (expand_to(c, x).to(float_dtype) for c in (c_skip, c_out))
+        return (c_skip * x + c_out * output).to(x.dtype)
+
+    def _call_network(self, z: Tensor, c_noise: Tensor, condition: dict[str, Any]) -> Tensor:
+        """Call the network; its output has z's shape or an error says why not."""
+        if c_noise.is_floating_point():  # times and embeddings lose their meaning in half precision
+            c_noise = c_noise.to(torch.promote_types(z.dtype, torch.float32))
+        condition = {k: v.to(z.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in condition.items()}
+        try:
+            output = self.network(z, c_noise, **condition)
+        except TypeError as error:
+            if any(phrase in str(error) for phrase in _CALL_ERRORS):
+                given = "".join(f", {name}=..." for name in condition)
+                raise TypeError(
+                    f"expected a network callable as network(x, time{given}), got one that refuses: {error}. Pass the "
+                    f"conditions that it takes, when building or calling the denoiser, and none to an unconditional "
+                    f"teacher."
+                ) from error
+            raise
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            got = output.dtype if isinstance(output, Tensor) else type(output).__name__
+            raise TypeError(f"the network must return a floating-point tensor, got {got}: unwrap its output.")
+        if self.learned_variance and output.ndim == z.ndim > 1 and output.shape[1] == 2 * z.shape[1]:
+            output = output[:, : z.shape[1]]
+        if output.shape != z.shape:
+            raise ValueError(
+                f"the network must return x's shape {tuple(z.shape)}, got {tuple(output.shape)}: check its number of "
+                f"channels; learned_variance=True drops a second half of them."
+            )
+        return output
+
+    def _network_dtype(self, default: torch.dtype) -> torch.dtype:
+        return network_dtype(self.network, default) if self.dtype is None else self.dtype
+
+
+_CALL_ERRORS = ("unexpected keyword argument", "required positional argument", "required keyword-only argument")
+
+
+def denoiser_from_network(
+    network: Callable[..., Any],
+    prediction: str,
+    schedule: Schedule,
+    *,
+    dtype: torch.dtype | None = None,
+    learned_variance: bool = False,
+    **condition: Any,
+) -> NetworkDenoiser:
+    r"""Make a denoiser of a network that predicts something else, under any noise schedule.
+
+    The network gets $x' = \alpha x = \alpha x_0 + \sigma n$ and the schedule's time $\tau$ (`Schedule.network_time`).
+    It predicts
+
+    - ``"epsilon"``: the noise $n$, so $D = x - t F$ with the noise level $t = \sigma / \alpha$,
+    - ``"sample"``: the clean data, $D = F$,
+    - ``"v"``: $\alpha n - \sigma x_0$, so $D = (\alpha^2 x - \sigma F) / (\alpha^2 + \sigma^2)$,
+    - ``"score"``: $\nabla_{x'} \ln q = -n / \sigma$, so $D = x + (\sigma^2 / \alpha) F$,
+    - ``"velocity"``: $dx'/d\tau = \dot\alpha x_0 + \dot\sigma n$ of a flow or of TrigFlow, so
+      $D = (\alpha \dot\sigma x - \sigma F) / (\alpha \dot\sigma - \sigma \dot\alpha)$.
+
+    Args:
+        network: Called as ``network(x', time, **condition)``; put it in eval mode.
+        prediction: One of the five.
+        schedule: The noise schedule that the network was trained under.
+        dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
+        learned_variance: Drop the second half of twice as many channels (guided-diffusion's learned sigma).
+        **condition: Conditions for every call, e.g. labels; those of a call come on top.
+
+    Returns:
+        The denoiser.
+
+    Raises:
+        TypeError: If ``network`` is not callable or ``schedule`` is not a `Schedule`.
+        ValueError: If ``prediction`` is unknown.
+
+    Examples:
+        >>> from analytic_precond import RectifiedFlowSchedule
+        >>> flow = lambda x, time: x  # a velocity
+        >>> denoiser = denoiser_from_network(flow, "velocity", RectifiedFlowSchedule())
+        >>> denoiser(torch.tensor([[8.0]]), torch.tensor([3.0]))  # time 3/4, x' = 8/4, D = x' - 3/4 x'
+        tensor([[0.5000]])
+    """
+    scalings = PredictionScalings(prediction, schedule)
+    return NetworkDenoiser(network, scalings, condition, dtype=dtype, learned_variance=learned_variance)
+
+
+def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkDenoiser:
+    """Make a denoiser of an EDM-style network, which is one already: ``network(x, sigma, class_labels=...)``.
+
+    Such networks hold their own preconditioning and cast down inside; they are called in float32 or wider, their
+    output comes back in ``x``'s dtype, and labels for an unconditional one (``label_dim`` 0) are an error.
+
+    Args:
+        network: The network, in eval mode.
+        **condition: Conditions for every call, e.g. ``class_labels``; those of a call come on top.
+
+    Returns:
+        The denoiser.
+
+    Raises:
+        TypeError: If ``network`` is not callable.
+
+    Examples:
+        >>> denoiser = denoiser_from_edm(lambda x, sigma, class_labels=None: x / (1 + sigma.reshape(-1, 1) ** 2))
+        >>> denoiser(torch.tensor([[5.0]]), torch.tensor([2.0]))
+        tensor([[1.]])
+    """
+    return _EDMDenoiser(network, PredictionScalings("sample", EDMSchedule()), condition)
+
+
+class _EDMDenoiser(NetworkDenoiser):
+    """A network that keeps its skip connection inside, so that its input must not be rounded."""
+
+    def _call_network(self, z: Tensor, c_noise: Tensor, condition: dict[str, Any]) -> Tensor:
+        labels = condition.get("class_labels")
+        some = labels is not None and not (isinstance(labels, Tensor) and labels.shape[-1:] == (0,))  # EDM's loaders
+        if getattr(self.network, "label_dim", None) == 0 and some:
+            raise ValueError(
+                "expected no class_labels, as the network is unconditional (label_dim = 0) and would ignore them, got "
+                "some: drop them, or load the conditional network."
+            )
+        return super()._call_network(z, c_noise, condition)
+
+    def _network_dtype(self, default: torch.dtype) -> torch.dtype:
+        return torch.promote_types(super()._network_dtype(default), torch.float32)
+
+
+def _one_level_per_sample(t: Tensor, x: Tensor) -> Tensor:
+    levels = expand_to(t, x)
+    if levels.shape[1:].numel() != 1:
+        raise ValueError(f"t must hold one noise level per sample, shape ({len(x)},), got {tuple(t.shape)}.")
+    return levels.reshape(-1).expand(len(x))

@@ -1,0 +1,98 @@
+r"""What networks predict, and the denoiser that follows from it.
+
+With $x' = \alpha x = \alpha x_0 + \sigma n$ and the noise level $t = \sigma / \alpha$, every prediction F is linear in
+$x_0$ and $n$, so the denoiser is linear in F: $D = c_{skip} x + c_{out} F$.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._checks import check_choice
+from ..noise_levels.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class PredictionScalings:
+    """The coefficients of `NetworkDenoiser` for what a network predicts under a schedule.
+
+    Args:
+        prediction: A name in `denoiser_from_network`.
+        schedule: The noise schedule.
+
+    Raises:
+        TypeError: If ``schedule`` is not a `Schedule`.
+        ValueError: If ``prediction`` is unknown.
+
+    Examples:
+        >>> from analytic_precond import EDMSchedule
+        >>> c_skip, c_out, c_in, c_noise = PredictionScalings("epsilon", EDMSchedule())(torch.tensor(4.0))
+        >>> c_skip.item(), c_out.item(), c_in.item(), c_noise.item()
+        (1.0, -4.0, 1.0, 4.0)
+    """
+
+    prediction: str
+    schedule: Schedule
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown prediction or schedule."""
+        check_choice(self.prediction, _COEFFICIENTS, "prediction")
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(
+                f"schedule must be a Schedule, got {_short(self.schedule)}: build a VPLinearSchedule, "
+                f"VPCosineSchedule, VPDiscreteSchedule((1 - betas).cumprod(0)), EDMSchedule, RectifiedFlowSchedule or "
+                f"TrigFlowSchedule."
+            )
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return ``c_skip``, ``c_out``, ``c_in`` and ``c_noise`` at noise levels ``t``."""
+        time = self.schedule.time(t)
+        c_skip, c_out = _COEFFICIENTS[self.prediction](self.schedule, time)
+        return c_skip, c_out, self.schedule.alpha(time), self.schedule.network_time(t)
+
+
+def _short(value: object) -> str:
+    return repr(value) if isinstance(value, str) else type(value).__name__  # a table has a thousand numbers
+
+
+def _epsilon(schedule: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
+    """F = n."""
+    return torch.ones_like(time), -schedule.noise_level(time)
+
+
+def _sample(schedule: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
+    """F = x_0."""
+    return torch.zeros_like(time), torch.ones_like(time)
+
+
+def _v(schedule: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
+    """F = alpha n - sigma x_0, from which alpha x' - sigma F = (alpha^2 + sigma^2) x_0."""
+    alpha, sigma = schedule.alpha(time), schedule.sigma(time)
+    total = alpha**2 + sigma**2
+    return alpha**2 / total, -sigma / total
+
+
+def _score(schedule: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
+    """F = -n / sigma."""
+    alpha, sigma = schedule.alpha(time), schedule.sigma(time)
+    return torch.ones_like(time), sigma**2 / alpha
+
+
+def _velocity(schedule: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
+    """F = alpha' x_0 + sigma' n, from which sigma' x' - sigma F = (alpha sigma' - sigma alpha') x_0."""
+    alpha, sigma, rates = schedule.alpha(time), schedule.sigma(time), schedule.rates(time)
+    total = alpha * rates.sigma - sigma * rates.alpha
+    return alpha * rates.sigma / total, -sigma / total
+
+
+_COEFFICIENTS: dict[str, Callable[[Schedule, Tensor], tuple[Tensor, Tensor]]] = {
+    "epsilon": _epsilon,
+    "v": _v,
+    "sample": _sample,
+    "score": _score,
+    "velocity": _velocity,
+}

@@ -1,0 +1,148 @@
+"""examples/benchmarks/distillation: the smallest benchmark, killed and started again, and the arithmetic of it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from checkout import BENCHMARKS
+
+pytest.importorskip("skimage", reason="the benchmark's photographs are scikit-image's")
+
+FOLDER = BENCHMARKS / "distillation"
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Import one of the benchmark's modules, which find each other as scripts do."""
+    monkeypatch.syspath_prepend(FOLDER)
+    known = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - known:
+        if str(FOLDER) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def start(script: str, *options: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(FOLDER / script), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output = process.communicate(timeout=280)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_smoke_benchmark_survives_a_kill_and_reports(tmp_path: Path) -> None:
+    results, docs = tmp_path / "smoke", tmp_path / "docs"
+    run = start("run.py", "--smoke", "--output", str(tmp_path))
+    while run.poll() is None and not list(results.glob("*/runs/*.json")):
+        time.sleep(0.2)
+    os.killpg(run.pid, signal.SIGKILL)
+    output = run.communicate()[0]
+    done = {path: path.stat().st_mtime_ns for path in results.glob("*/runs/*.json")}
+    assert done, output
+
+    output = finish(start("run.py", "--smoke", "--output", str(tmp_path)))
+    assert f"{len(done)} of " in output
+    assert all(path.stat().st_mtime_ns == moment for path, moment in done.items())  # not done again
+
+    finish(start("report.py", "--size", "smoke", "--output", str(tmp_path), "--docs", str(docs)))
+    runs = json.loads((docs / "evidence" / "smoke_results.json").read_text())["runs"]
+    assert len(runs) == len(list(results.glob("*/runs/*.json"))) > len(done)
+    untrained: dict[tuple[str, str], set[float]] = {}
+    for content in runs:
+        for point in content["history"]:
+            assert all(math.isfinite(value) for key, value in point.items() if key != "levels")
+        untrained.setdefault((content["problem"], content["method"]), set()).add(content["history"][0]["ode/1"])
+    assert all(len(values) == 1 for values in untrained.values())  # whatever the seed, a student starts as its teacher
+    assert "### Speed-up over CTM, Euler" in (docs / "evidence" / "smoke_tables.md").read_text()
+    long_run = results / "digits" / "runs" / "ctm-euler_seed0_lr0.002_9.safetensors"
+    assert (long_run.exists(), long_run.with_stem("ctm-euler_seed0_lr0.002_3").exists()) == (True, True)
+    names = {path.name for path in (docs / "images" / "evidence").iterdir()}
+    assert {
+        "smoke_speedups.png",
+        "smoke_digits_curves.png",
+        "smoke_digits_gaps.png",
+        "smoke_digits_samples.png",
+    } <= names
+
+    tables = docs / "evidence" / "smoke_tables.md"
+    text = tables.read_text()
+    tables.unlink()
+    finish(start("report.py", "--size", "smoke", "--output", str(tmp_path / "none"), "--docs", str(docs)))
+    assert tables.read_text() == text  # from the stored numbers
+
+
+def history(*values: float) -> list[dict[str, float]]:
+    return [{"iteration": i, "m": value} for i, value in zip((0, 1, 2, 4, 8), values, strict=True)]
+
+
+def test_iterations_to_a_goal(load: object) -> None:
+    iterations_to = load("speedups").iterations_to
+    curve = history(16.0, 8.0, 4.0, 2.0, 1.0)
+    assert iterations_to(curve, "m", 12.0) == (0.5, "")  # linear before the first evaluation
+    assert iterations_to(curve, "m", 3.0) == (pytest.approx(2 * 2**0.5), "")  # then in the logarithm of the iteration
+    assert iterations_to(curve, "m", 20.0) == (1, "before")
+    assert iterations_to(curve, "m", 0.5) == (8, "never")
+    assert iterations_to(history(9.0, 3.0, 9.0, 9.0, 9.0), "m", 3.0) == (1, "")  # the first time counts
+
+
+def test_speedup_of_a_curve_that_runs_ahead(load: object) -> None:
+    speedups, sizes = load("speedups"), load("configurations")
+    problem = sizes.Problem("digits", size=8, width=8, iterations=8)
+    config = sizes.Configuration("test", (problem,), seeds=(0, 1))
+    results = {}
+    for seed in config.seeds:
+        slow, fast = (sizes.Run("digits", name, seed, config.learning_rate, 8) for name in ("ctm-euler", "cm"))
+        results[slow], results[fast] = history(16.0, 8.0, 4.0, 2.0, 1.0), history(16.0, 4.0, 1.0, 0.5, 0.2)
+    measured = speedups.speedup(results, config, "digits", "cm", "m")
+    assert measured.ratios == (4.0, 4.0)
+    assert (measured.mean, measured.bound) == (pytest.approx(4.0), "")
+    assert speedups.Speedup((1.0, 4.0), ("", "")).bootstrap() == pytest.approx((1.0, 4.0))  # two seeds: their range
+
+
+def test_a_speedup_is_a_bound_if_one_seed_is(load: object) -> None:
+    speedups, words = load("speedups"), load("page_tables").words
+    assert speedups.Speedup((2.0, 3.0), ("", "before")).bound == ">"
+    assert speedups.Speedup((2.0, 3.0), ("", "never")).bound == "<"
+    assert words(speedups.Speedup((2.0, 8.0), ("", ""))) == "4.0 [2.0, 8.0]"
+    assert words(speedups.Speedup((1.5, 1.5, 1.0), ("", "", "never"))) == "2 of 3 seeds"
+    assert words(speedups.Speedup((1.0, 1.0), ("never", "never"))) == "never"
+    assert words(speedups.Speedup((3.57, 3.57), ("", "before"))) == "at least 3.5 [3.6, 3.6]"  # not rounded up
+
+
+def test_the_pages_tables_are_those_of_the_stored_numbers(load: object) -> None:
+    report, pages = load("report"), load("page_tables")
+    evidence = (pages.ROOT / "docs" / "evidence.md").read_text()
+    for table in pages.all_tables():
+        assert table in evidence, table.splitlines()[0]
+
+    config = load("configurations").CPU
+    results, teachers, made = report.load_stored(pages.STORED)
+    described = {problem.name: teachers[problem.name] for problem in config.problems}
+    assert report.page(results, config, described, made) == pages.STORED.with_name("cpu_tables.md").read_text()
+
+
+def test_frechet_distance_of_diagonal_normals(load: object) -> None:
+    metrics: ModuleType = load("metrics")
+    x = torch.tensor([1.0, 2.0]).double(), torch.diag(torch.tensor([4.0, 9.0])).double()
+    y = torch.tensor([1.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 1.0])).double()
+    # |m - m'|^2 + sum (sqrt(c) - sqrt(c'))^2
+    assert metrics.frechet_distance(x, y) == pytest.approx(4.0 + 1.0 + 4.0, rel=1e-12)
