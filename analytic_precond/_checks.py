@@ -19,6 +19,21 @@ def check_tensor(value: object, name: str) -> None:
         )
 
 
+def may_read(value: Tensor) -> bool:
+    """Whether looking at values neither stalls a device (off the CPU) nor breaks a graph (torch.compile)."""
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def all_true(valid: Tensor) -> bool | None:
+    """Whether all are true; None where one may not look: see `may_read`, and under torch.vmap."""
+    if not may_read(valid):
+        return None
+    try:
+        return bool(valid.all())
+    except RuntimeError:  # torch.vmap
+        return None
+
+
 def check_finite(value: Tensor, name: str) -> None:
     """Refuse NaN and infinity (reads the values: a device synchronisation off the CPU)."""
     if not bool(torch.isfinite(value).all()):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_count, check_levels, check_positive, check_tensor
+from .._checks import all_true, check_choice, check_count, check_levels, check_positive, check_tensor, may_read
 from .._precision import wide_dtype
 from ..noise_levels.random_levels import check_destination, check_generator, check_ramp, draw, karras_level
 
@@ -233,10 +233,9 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
         check_positive(k, "k")
     if q <= 1:
         raise ValueError(f"q must be above 1, got {q}: it divides the distance of t and r at every stage.")
-    if t.device.type == "cpu" and not torch.compiler.is_compiling():
-        bad = t[~((t > 0) & (t < torch.inf))]
-        if bad.numel() > 0:
-            raise ValueError(f"t must be positive finite noise levels, got {bad[0].item()}: pass sigma, not indices.")
+    valid = (t > 0) & (t < torch.inf)
+    if all_true(valid) is False:
+        raise ValueError(f"t must be positive finite noise levels, got {t[~valid][0].item()}: pass sigma, not indices.")
     dtype = torch.promote_types(t.dtype, torch.float32)
     decay = float(q) ** -(stage + 1)
     if decay < torch.finfo(dtype).eps:
@@ -256,7 +255,7 @@ def _check_grid(levels: object) -> None:
     """Refuse what is not a grid; its values are looked at on the CPU only, where that stalls nothing."""
     check_tensor(levels, "levels")
     assert isinstance(levels, Tensor)
-    if levels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_read(levels):
         check_levels(levels)
     elif levels.ndim != 1 or levels.numel() < 2:
         raise ValueError(f"levels must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .._checks import check_positive, check_reached, check_tensor
+from .._checks import all_true, check_positive, check_reached, check_tensor
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
 from ..ode.solve import heun_solve, heun_solve_between
@@ -245,14 +245,13 @@ def _check(
             raise ValueError(f"times.{name} must have shape {tuple(x_0.shape[:1])}, got {tuple(level.shape)}.")
     if num_steps is not None and times.levels is not None and times.t_index is not None:
         raise ValueError(f"num_steps must be None, as the times' grid says how many steps to take, got {num_steps!r}.")
-    if t.device.type == u.device.type == s.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = ~((t > 0) & (t >= u) & (u >= s) & (s >= 0))
-        if bool(wrong.any()):
-            index = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"times must be t >= u >= s >= 0 with t > 0, got t = {t[index].item():.6g}, u = {u[index].item():.6g}, "
-                f"s = {s[index].item():.6g} for sample {index}: noise levels fall from t to s."
-            )
+    falling = (t > 0) & (t >= u) & (u >= s) & (s >= 0)
+    if all_true(falling) is False:
+        index = int((~falling).nonzero()[0])
+        raise ValueError(
+            f"times must be t >= u >= s >= 0 with t > 0, got t = {t[index].item():.6g}, u = {u[index].item():.6g}, "
+            f"s = {s[index].item():.6g} for sample {index}: noise levels fall from t to s."
+        )
 
 
 def denoising_loss(

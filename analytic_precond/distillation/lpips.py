@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .._checks import check_choice, check_count, check_tensor
+from .._checks import all_true, check_choice, check_count, check_tensor
 from .lpips_weights import BACKBONES, Weights, frozen_lpips
 
 _LIMIT = 1.01  # bfloat16's neighbour of 1 is 1.008
@@ -192,9 +192,10 @@ class LPIPSDistance(nn.Module):
     def _in_range(self, x: Tensor, y: Tensor, limit: float) -> Tensor | None:
         """Raise for images outside [-1, 1]; where values cannot be read, return which samples are inside."""
         inside = ((x.abs() <= limit) & (y.abs() <= limit)).flatten(1).all(1)
-        if inside.device.type != "cpu" or torch.compiler.is_compiling():
+        all_inside = all_true(inside)
+        if all_inside is None:
             return inside
-        if not bool(inside.all()):
+        if not all_inside:
             index = int((~inside).nonzero()[0])
             x_range, y_range = (f"{v[index].min().item():.4g} to {v[index].max().item():.4g}" for v in (x, y))
             raise ValueError(

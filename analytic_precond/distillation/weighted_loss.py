@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_positive, check_tensor
+from .._checks import check_choice, check_positive, check_tensor, may_read
 from ..noise_levels.per_sample import expand_to
 from .weightings import WEIGHTINGS, Weighting
 
@@ -102,6 +102,6 @@ def weighted_loss(
     per_sample = weight * distances
     terms = {"distance": distances.detach(), "weight": weight.detach(), "estimate": estimate, "target": target}
     result = Loss(per_sample.mean(), per_sample, terms, dict(times))
-    if per_sample.device.type == "cpu" and not torch.compiler.is_compiling():
+    if may_read(per_sample):
         result.check()
     return result

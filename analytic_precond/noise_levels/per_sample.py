@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
+from .._checks import all_true, check_tensor
 from .._precision import wide_dtype
 
 
@@ -68,7 +68,7 @@ def per_sample(level: Tensor | float, x: Tensor, name: str, *, zero: bool = Fals
 
     level = level.reshape(-1)
     valid = ((level >= 0) if zero else (level > 0)) & (level < torch.inf)
-    if not all_true(valid):
+    if all_true(valid) is False:
         index = int((~valid).nonzero()[0])
         raise ValueError(
             f"{name} must be finite and {'at least 0' if zero else 'positive'}, got {level[index].item():g} at "
@@ -78,13 +78,3 @@ def per_sample(level: Tensor | float, x: Tensor, name: str, *, zero: bool = Fals
     if number is not None:  # filled on the device: a copy would wait for it
         return torch.full((len(x),), number, dtype=wide, device=x.device)
     return torch.where(valid, level, torch.nan).to(x.device, wide, non_blocking=True).expand(len(x))
-
-
-def all_true(valid: Tensor) -> bool:
-    """Whether all are true; yes, too, where looking would stall a device (off the CPU) or break a graph."""
-    if valid.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    try:
-        return bool(valid.all())
-    except RuntimeError:  # torch.vmap
-        return True

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_choice, check_count, check_positive
+from .._checks import all_true, check_choice, check_count, check_positive
 from .._precision import wide_dtype
-from ..noise_levels.per_sample import all_true, per_sample
+from ..noise_levels.per_sample import per_sample
 from ..teachers.denoiser import Denoiser
 from .steps import STEPS, Velocity, check_grid, euler, heun, state_dtype
 
@@ -195,7 +195,7 @@ def heun_solve_between(
     """
     velocity = Velocity.of(denoiser, x, condition)
     t, u = per_sample(t, x, "t"), per_sample(u, x, "u")
-    if not all_true(u <= t):
+    if all_true(u <= t) is False:
         i = int((u > t).nonzero()[0])
         raise ValueError(f"u must be at most t, got t = {t[i].item():g} and u = {u[i].item():g} at position {i}.")
     check_positive(rho, "rho")

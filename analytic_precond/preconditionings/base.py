@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_positive, check_tensor
+from .._checks import all_true, check_positive, check_tensor
 from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
 from ..noise_levels.per_sample import check_noise_level, expand_to
@@ -193,7 +193,7 @@ class Preconditioning(FixedPrecisionModule):
             raise ValueError(f"x_s must have x_t's shape {tuple(x_t.shape)}, got {tuple(x_s.shape)}.")
         c_skip, c_out = (expand_to(c, x_t) for c in self._wide_for(x_t, t, s))
         trivial = c_out == 0
-        if x_t.device.type == "cpu" and not torch.compiler.is_compiling() and bool(trivial.any()):
+        if all_true(~trivial) is False:
             index = int(trivial.flatten().nonzero()[0]) // trivial.shape[1:].numel()  # the sample's
             raise ValueError(
                 f"t > s needed, got s = t at position {index}: a jump from a level to itself lands on x_t whatever the "
@@ -241,16 +241,12 @@ class Preconditioning(FixedPrecisionModule):
         t, s = t.expand(shape), s.expand(shape)
         low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
         valid = (s <= t * (1 + ROUNDING)) & (s >= low) & (t <= high) & (t > 0)
-        checked = device.type == "cpu" and not torch.compiler.is_compiling() and self._refuse(t, s, valid)
-        return t, s, None if checked else valid
+        return t, s, None if self._refuse(t, s, valid) else valid
 
     def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
         """Raise for the first jump that is not valid; return whether the values could be read."""
-        try:
-            all_valid = bool(valid.all())
-        except RuntimeError:  # torch.vmap
-            return False
-        if not all_valid:
+        all_valid = all_true(valid)
+        if all_valid is False:
             index = int((~valid).flatten().nonzero()[0])
             t_bad, s_bad = t.flatten()[index].item(), s.flatten()[index].item()
             inside = self.sigma_min <= s_bad and t_bad <= self.sigma_max
@@ -259,4 +255,4 @@ class Preconditioning(FixedPrecisionModule):
                 f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
                 f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."
             )
-        return True
+        return all_valid is True

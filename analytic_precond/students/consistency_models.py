@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_positive
+from .._checks import all_true, check_positive
 from .._precision import network_dtype, place
 from ..noise_levels.network_scalings import EDMPreconditioning
 from ..noise_levels.per_sample import check_noise_level, expand_to
@@ -213,14 +213,9 @@ class ConsistencyModel(Student):
         """Return ``s``, NaN where it is not ``sigma_min``; refuse that where the values can be read."""
         s = self._per_sample(s, x, torch.promote_types(x.dtype, torch.float32))
         reached = (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
-        if s.device.type == "cpu" and not torch.compiler.is_compiling():
-            try:
-                all_reached = bool(reached.all())
-            except RuntimeError:  # torch.vmap
-                all_reached = True
-            if not all_reached:
-                raise ValueError(
-                    f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got "
-                    f"{s[~reached][0].item():.9g}: leave s out, or take a ConsistencyTrajectoryModel."
-                )
+        if all_true(reached) is False:
+            raise ValueError(
+                f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got "
+                f"{s[~reached][0].item():.9g}: leave s out, or take a ConsistencyTrajectoryModel."
+            )
         return torch.where(reached, s, torch.nan)
