@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -10,12 +11,14 @@ import zipfile
 from collections.abc import Iterator
 from email import message_from_string
 from email.message import Message
+from importlib.metadata import entry_points, version
 from pathlib import Path
 
 import pytest
 from checkout import ROOT
 
 import analytic_precond as ap
+from analytic_precond.command_line.main import main
 
 MODULES = {path.relative_to(ROOT).as_posix() for path in (ROOT / "analytic_precond").rglob("*.py")}
 
@@ -52,7 +55,7 @@ def test_wheel_has_the_package_its_types_and_its_licence_only(wheel: zipfile.Zip
     information = f"analytic_precond-{ap.__version__}.dist-info"
     assert set(wheel.namelist()) == MODULES | {
         "analytic_precond/py.typed",
-        *(f"{information}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")),
+        *(f"{information}/{name}" for name in ("METADATA", "WHEEL", "RECORD", "entry_points.txt", "licenses/LICENSE")),
     }
 
 
@@ -104,13 +107,48 @@ def test_extras_that_anything_names_exist(metadata: Message) -> None:
 
 
 def test_one_version(metadata: Message) -> None:
-    assert metadata["Version"] == ap.__version__
+    assert metadata["Version"] == ap.__version__ == version("analytic-precond")
     (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
     assert cited == ap.__version__
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     released = headings[1:] if headings[0] == "[Unreleased]" else headings
     assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", heading) for heading in released)
     assert not released or released[0].startswith(f"[{ap.__version__}] - ")
+
+
+@pytest.mark.parametrize("package", ["analytic_precond", "training.third_party.analytic_precond"])
+def test_a_copied_folder_imports_uninstalled(tmp_path: Path, package: str) -> None:
+    """Copied into a training repository under any name, a submodule of it, or on PYTHONPATH: no metadata are needed."""
+    copy = tmp_path.joinpath(*package.split("."))
+    shutil.copytree(ROOT / "analytic_precond", copy, ignore=shutil.ignore_patterns("__pycache__"))
+    code = f"""
+import importlib, importlib.metadata, pathlib, pkgutil, sys
+
+def missing(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+importlib.metadata.version = importlib.metadata.distribution = missing
+ap = importlib.import_module({package!r})
+assert pathlib.Path(ap.__file__).parent == pathlib.Path({str(copy)!r})
+names = [module.name for module in pkgutil.walk_packages(ap.__path__, ap.__name__ + ".")]
+for name in names:
+    if "__main__" not in name and "diffusers_scheduler" not in name:
+        importlib.import_module(name)
+assert len(names) > 80
+assert {package!r} == "analytic_precond" or "analytic_precond" not in sys.modules, "it reaches for the installed one"
+c_skip, c_out = ap.CTMPreconditioning()(4.0, 1.0)
+print(ap.__version__, c_skip.item(), c_out.item())
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert (run.stdout.split(), run.stderr) == ([ap.__version__, "0.25", "0.75"], "")
+
+
+def test_console_script() -> None:
+    (script,) = entry_points(group="console_scripts", name="analytic-precond")
+    assert script.load() is main
+    command = [str(Path(sys.executable).with_name("analytic-precond")), "--help"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "estimate" in printed
 
 
 def test_import_takes_no_extra_and_no_scipy() -> None:
