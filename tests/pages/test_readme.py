@@ -36,7 +36,7 @@ def test_commands_and_links_exist() -> None:
 def test_docstrings_refer_to_sections_that_exist() -> None:
     sections = set(re.findall(r"^## (\d+)\. ", (ROOT / "docs/method.md").read_text(), flags=re.MULTILINE))
     references = []
-    for path in (ROOT / "analytic_precond").glob("*.py"):
+    for path in (ROOT / "analytic_precond").rglob("*.py"):
         for match in re.findall(r"docs/method\.md, sections? ([\d, andto]+)", path.read_text()):
             references += re.findall(r"\d+", match)
     assert len(references) > 8
