@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from .._checks import all_true, check_choice, check_count, check_positive
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import per_sample
+from ..teachers.conditions import condition_rows
 from ..teachers.denoiser import Denoiser
 from .steps import STEPS, Velocity, check_grid, euler, heun, state_dtype
 
@@ -104,8 +105,8 @@ def heun_solve(
             keep all three on the CPU to avoid a synchronisation.
         dtype: The dtype that the data are carried in and returned in. Default: ``x``'s. The teacher is called in its
             own dtype all the same (see `analytic_precond.ode`).
-        **condition: Handed to the teacher. Tensors whose first dimension has size B are taken to hold one row per
-            sample and follow the samples still on their way; everything else is handed over as it is.
+        **condition: Handed to the teacher. Tensors, arrays and lists with one entry for each of B samples, also inside
+            dicts, lists and tuples, follow the samples still on their way; anything else is handed over as it is.
 
     Returns:
         The data, sample i at level ``levels[stop[i]]``. Shape of ``x``.
@@ -176,8 +177,8 @@ def heun_solve_between(
         rho: Exponent of the spacing, positive; large values take more steps at small noise.
         dtype: The dtype that the data are carried in and returned in. Default: ``x``'s. The teacher is called in its
             own dtype all the same (see `analytic_precond.ode`).
-        **condition: Handed to the teacher. Tensors whose first dimension has size B are taken to hold one row per
-            sample and follow the samples still on their way; everything else is handed over as it is.
+        **condition: Handed to the teacher. Tensors, arrays and lists with one entry for each of B samples, also inside
+            dicts, lists and tuples, follow the samples still on their way; anything else is handed over as it is.
 
     Returns:
         The data at levels ``u``. Shape of ``x``.
@@ -257,11 +258,6 @@ def _march(
     """
     order = evaluations.argsort(descending=True, stable=True)
     rows = order.to(x.device, non_blocking=True)
-    followers = {
-        name: value[order.to(value.device, non_blocking=True)]
-        for name, value in velocity.condition.items()
-        if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1]
-    }
     way, arrived = x.to(state_dtype(dtype, x))[rows], []
 
     for step in range((max(evaluations.tolist(), default=0) + 1) // 2):
@@ -271,8 +267,8 @@ def _march(
         pieces = []
         for take, part in ((heun, slice(0, num_heun)), (euler, slice(num_heun, num))):
             if part.start < part.stop:
-                here = {name: value[part] for name, value in followers.items()}
-                v = replace(velocity, condition={**velocity.condition, **here})
+                condition = condition_rows(velocity.condition, order[part], len(x))
+                v = replace(velocity, condition=condition)
                 pieces.append(take(v, way[part], t[part], s[part]))
         way = torch.cat(pieces)
     return torch.cat([way, *reversed(arrived)])[rows.argsort()]
