@@ -221,8 +221,10 @@ class TestBoth:
 
         result = solve(teacher, self.x, **conditions(slice(0, 4)))
         for i in range(4):
-            bound = lambda x, t, i=i: torch.cat(  # noqa: E731
-                [teacher(x[k : k + 1], t[k : k + 1], **conditions(slice(i, i + 1))) for k in range(len(x))]
+            bound = (
+                lambda x, t, i=i: torch.cat(  # noqa: E731
+                    [teacher(x[k : k + 1], t[k : k + 1], **conditions(slice(i, i + 1))) for k in range(len(x))]
+                )
             )
             torch.testing.assert_close(result[i], solve(bound, self.x)[i], rtol=1e-12, atol=1e-12)
 
