@@ -90,21 +90,15 @@ def solution(velocity: Velocity, x: Tensor, levels: Sequence[Tensor]) -> Iterato
         The state, and what the teacher takes off it.
     """
     t, *lower = levels
-    slope = velocity(x, t)
-    yield x, expand_to(t, x) * slope
+    slopes = [velocity(x, t)]
+    yield x, expand_to(t, x) * slopes[0]
     for s in lower:
-        x = _step(velocity, x, t, s, slope)
-        t, slope = s, velocity(x, s)
-        yield x, expand_to(t, x) * slope
-
-
-def _step(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, slope: Tensor) -> Tensor:
-    """Carry x from t to s, given the slope at t."""
-    dt = expand_to(s - t, x)
-    slopes = [slope]
-    for place, weights in zip(_PLACES[1:], _STAGES[1:], strict=True):
-        slopes.append(velocity(_along(x, dt, weights, slopes), t + place * (s - t)))
-    return _along(x, dt, _STEP, slopes)
+        dt = expand_to(s - t, x)
+        for place, weights in zip(_PLACES[1:], _STAGES[1:], strict=True):
+            slopes.append(velocity(_along(x, dt, weights, slopes), t + place * (s - t)))
+        x, t = _along(x, dt, _STEP, slopes), s
+        slopes = [velocity(x, t)]
+        yield x, expand_to(t, x) * slopes[0]
 
 
 def _along(x: Tensor, dt: Tensor, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:

@@ -221,11 +221,11 @@ class TestBoth:
 
         result = solve(teacher, self.x, **conditions(slice(0, 4)))
         for i in range(4):
-            bound = (
-                lambda x, t, i=i: torch.cat(  # noqa: E731
-                    [teacher(x[k : k + 1], t[k : k + 1], **conditions(slice(i, i + 1))) for k in range(len(x))]
-                )
-            )
+
+            def bound(x: Tensor, t: Tensor, i: int = i) -> Tensor:
+                own = conditions(slice(i, i + 1))
+                return torch.cat([teacher(x[k : k + 1], t[k : k + 1], **own) for k in range(len(x))])
+
             torch.testing.assert_close(result[i], solve(bound, self.x)[i], rtol=1e-12, atol=1e-12)
 
     def test_guided(self, solve: Callable[..., Tensor]) -> None:
