@@ -118,30 +118,15 @@ def trajectory_distillation_loss(
     be small. Gradients pass through $\bar f$'s input, never into its parameters. Members whose steps are done cost
     no teacher call: each has its own t, u, s.
 
-    Args:
-        denoiser: The teacher; None to take $x_u = x_0 + u\, n$.
-        student: A two-time student, called as ``student(x_t, t, s, **condition)``.
-        target: The stop-gradient student $\bar f$: its average (`exponential_moving_average`) or the student itself.
-        x_0: Clean data. Shape ``(B, ...)``.
-        noise: Standard normal noise $n$. Shape of ``x_0``.
-        times: Noise levels from `sample_jump_times` or `sample_continuous_times`.
-        distance: Maps two batches to one number per sample, shape ``(B,)``.
-        weighting: A name from ``WEIGHTINGS``, or a function of t, u, s and ``sigma_data``.
-        sigma_data: Standard deviation of the data, for the weighting.
-        inner: What jumps from u to s on the target's side, without gradient. Default: ``target``. sony/ctm takes the
-            student itself, and its average for the jumps to $\varepsilon$ only.
-        sigma_min: The level at which both sides are compared. Default: the last of the times' grid, or 0.002.
-        num_steps: The teacher's steps from t to u where those are no levels of a grid: one number, or one per sample.
-            Default: as many as EDM's grid of 18 levels has there. Like the times, keep it on the CPU.
-        share_dropout: Give all passes the same dropout masks.
-        **condition: Handed to teacher, student and target.
+    The arguments and the errors are those of `consistency_distillation_loss`, for a student of two times, with times
+    from `sample_jump_times` or `sample_continuous_times` and the stop-gradient student as ``target``. Two more:
+
+    - ``inner``: What jumps from u to s on the target's side, without gradient. Default: ``target``. sony/ctm takes the
+      student itself, and its average for the jumps to $\varepsilon$ only.
+    - ``sigma_min``: The level at which both sides are compared. Default: the last of the times' grid, or 0.002.
 
     Returns:
         The loss and its terms.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If shapes do not fit, times are not $t \ge u \ge s$, or (on the CPU) the loss is not finite.
 
     Examples:
         >>> from analytic_precond import CTMPreconditioning, ConsistencyTrajectoryModel

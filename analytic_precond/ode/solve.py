@@ -103,8 +103,7 @@ def heun_solve(
         stop: Indices into ``levels``, at least ``start``. Where equal, the sample is returned as it came. Integers of
             shape ``(B,)``, or one for all. The values of levels and indices decide what is called, so they are read:
             keep all three on the CPU to avoid a synchronisation.
-        dtype: The dtype that the data are carried in and returned in. Default: ``x``'s. The teacher is called in its
-            own dtype all the same (see `analytic_precond.ode`).
+        dtype: The dtype that the data are carried in and returned in, as for `solve_ode`.
         **condition: Handed to the teacher. Tensors, arrays and lists with one entry for each of B samples, also inside
             dicts, lists and tuples, follow the samples still on their way; anything else is handed over as it is.
 
@@ -174,10 +173,8 @@ def heun_solve_between(
         num_steps: Steps for each sample, at least 1; also where u = t, which changes nothing. Integers of shape
             ``(B,)``, or one for all. Their values are read: keep them on the CPU to avoid a synchronisation.
         rho: Exponent of the spacing, positive; large values take more steps at small noise.
-        dtype: The dtype that the data are carried in and returned in. Default: ``x``'s. The teacher is called in its
-            own dtype all the same (see `analytic_precond.ode`).
-        **condition: Handed to the teacher. Tensors, arrays and lists with one entry for each of B samples, also inside
-            dicts, lists and tuples, follow the samples still on their way; anything else is handed over as it is.
+        dtype: As for `heun_solve`.
+        **condition: As for `heun_solve`.
 
     Returns:
         The data at levels ``u``. Shape of ``x``.

@@ -96,20 +96,10 @@ def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | floa
 
     Samples whose s is 0, where v is not defined, get the Euler step (Karras et al. 2022, algorithm 1).
 
-    Args:
-        denoiser: The teacher $D$.
-        x: Noisy data at level ``t``. Shape ``(B, ...)``.
-        t: Noise levels to start from, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling,
-            levels out of range give NaN instead of an error.
-        s: Noise levels to reach, above or below ``t``, at least 0. Shape ``(B,)``, or one for all.
-        **condition: Handed to the teacher.
+    The arguments, what they may be and the errors are those of `euler_step`.
 
     Returns:
         The data at noise level ``s``. Shape and dtype of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a shape does not fit or a level is out of range.
 
     Examples:
         >>> from analytic_precond import GaussianDenoiser
