@@ -147,6 +147,7 @@ def trajectory_distillation_loss(
     end = place(last, s.device, s.dtype).expand_as(s).minimum(s)  # float32 grids end at 0.0019999996
     passes = StudentPasses(condition, share_dropout)
 
+    # from both points to s, then on to the end through the stop-gradient student
     x_s = passes.jump(student, x_t, t, s)
     estimate = passes.jump_of_input(target, x_s, s, end)
     with torch.no_grad():

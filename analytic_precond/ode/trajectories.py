@@ -97,7 +97,7 @@ def solution(velocity: Velocity, x: Tensor, levels: Sequence[Tensor]) -> Iterato
         for place, weights in zip(_PLACES[1:], _STAGES[1:], strict=True):
             slopes.append(velocity(_along(x, dt, weights, slopes), t + place * (s - t)))
         x, t = _along(x, dt, _STEP, slopes), s
-        slopes = [velocity(x, t)]
+        slopes = [velocity(x, t)]  # the seventh stage of one step is the first of the next
         yield x, expand_to(t, x) * slopes[0]
 
 
