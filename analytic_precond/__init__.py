@@ -11,6 +11,7 @@ from .diagnostics.plots import plot_gap_map, plot_preconditioning, plot_statisti
 from .diagnostics.teacher_check import check_teacher
 from .diagnostics.teacher_report import TeacherReport
 from .diagnostics.trajectory_alignment import TrajectoryAlignment, trajectory_alignment
+from .distillation.denoising import adaptive_balance, denoising_loss
 from .distillation.distances import pseudo_huber, pseudo_huber_elementwise, squared_error
 from .distillation.jump_times import (
     JumpTimes,
@@ -19,11 +20,10 @@ from .distillation.jump_times import (
     sample_continuous_times,
     sample_jump_times,
 )
-from .distillation.losses import consistency_distillation_loss, denoising_loss, trajectory_distillation_loss
+from .distillation.losses import consistency_distillation_loss, trajectory_distillation_loss
 from .distillation.lpips import LPIPSDistance, ResizeRule
 from .distillation.student_passes import SharedDropout
-from .distillation.weighted_loss import Loss
-from .distillation.weightings import WEIGHTINGS, adaptive_balance
+from .distillation.weightings import WEIGHTINGS, Loss
 from .estimation.estimate import estimate_statistics
 from .fitted_preconditionings.least_squares import LeastSquaresPreconditioning
 from .fitted_preconditionings.per_mode import PerModePreconditioning

@@ -47,6 +47,18 @@ def plain_ticks(axis: Axis, most_decades: float) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def decorate(panel: Axes, x_label: str, y_label: str, grid: bool = True) -> None:
+    """Dress a panel over noise levels."""
+    panel.set_xscale("log")
+    plain_ticks(panel.xaxis, most_decades=1.5)
+    panel.set_xlabel(x_label, fontsize=FONT)
+    panel.set_ylabel(y_label, fontsize=FONT)
+    panel.tick_params(labelsize=FONT - 2)
+    panel.spines[["top", "right"]].set_visible(False)
+    if grid:
+        panel.grid(color="#DDDDDD", linewidth=0.8)
+
+
 def legend(figure: Figure, panel: Axes) -> None:
     """Put one legend under all panels, in as few rows as the names allow."""
     entries = panel.get_legend_handles_labels()

@@ -60,8 +60,8 @@ def trajectory_alignment(
     none. The former tell which intermediate jumps are misaligned, the latter from which levels on the student finds
     the teacher's end.
 
-    The teacher is evaluated ``3 * num_steps`` times per level and sample (Heun's method in float64, extrapolated as in
-    `consistency_gap`), the student twice.
+    The teacher is evaluated ``3 * num_steps`` times per sample from each level to the next (Dormand and Prince's method
+    in float64, as in `consistency_gap`) and once at the last, the student twice per level.
 
     Args:
         denoiser: The teacher $D$.
@@ -70,7 +70,7 @@ def trajectory_alignment(
         levels: Decreasing noise levels, positive. Shape ``(K,)``.
         to_end_only: Leave out the jumps from the start, for a student that knows one target: a `ConsistencyModel`,
             whose ``sigma_min`` must then be the last level.
-        num_steps: Heun steps from one level to the next, even.
+        num_steps: Twice the number of steps from one level to the next, so even.
         **condition: Handed to the teacher and to the student.
 
     Returns:
@@ -103,7 +103,7 @@ def trajectory_alignment(
 
     # the student first: if it refuses the levels, no teacher has run in vain
     from_start = [] if to_end_only else [jump(x, grid[0], s) for s in grid[1:]]
-    points = list(teacher_trajectory(velocity, x, grid, num_steps))
+    points = [point.x for point in teacher_trajectory(velocity, x, grid, num_steps)]
     to_end = [jump(x_t, t, grid[-1]) for x_t, t in zip(points, grid[:-1], strict=False)]
 
     start_errors = (None, None) if to_end_only else _errors(from_start, points[1:])

@@ -74,17 +74,10 @@ def pseudo_huber_elementwise(x: Tensor, y: Tensor, c: float | None = None) -> Te
 
     Not a multiple of `pseudo_huber`: here a few large errors do not hide the small ones.
 
-    Args:
-        x: A batch. Shape ``(B, ...)``.
-        y: What to compare it with. Shape of ``x``.
-        c: Where the square turns into the absolute value, positive. Default: $0.00054 \sqrt d$, as diffusers has it.
+    The arguments and the errors are those of `pseudo_huber`; the default of ``c`` is diffusers'.
 
     Returns:
         One distance per sample, in the wider of the two dtypes and at least float32. Shape ``(B,)``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the shapes differ or ``c`` is not positive.
 
     Examples:
         >>> pseudo_huber_elementwise(torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2), c=4.0)

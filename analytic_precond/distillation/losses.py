@@ -3,30 +3,25 @@ r"""What a student is distilled with (docs/distillation.md): consistency of neig
 Both start from clean data and noise that the caller drew, $x_t = x_0 + t\, n$, so that they use no randomness but
 dropout's. Nothing stalls the device as long as the times' indices are on the CPU; values are checked on the CPU only
 (`Loss.check` does it elsewhere).
-
-Denoising score matching, the loss of teachers, and an anchor for students.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-from .._checks import all_true, check_positive, check_reached, check_tensor
+from .._checks import all_true, check_positive, check_tensor
 from .._precision import place, wide_dtype
-from ..noise_levels.per_sample import expand_to, per_sample
+from ..noise_levels.per_sample import expand_to
 from ..ode.solve import heun_solve, heun_solve_between
 from ..teachers.denoiser import Denoiser
 from .distances import squared_error
 from .jump_times import JumpTimes
-from .student_passes import SharedDropout, through_input_only
-from .weighted_loss import Distance, Loss, add_noise, check_data, weighted_loss
-from .weightings import Weighting
+from .student_passes import StudentPasses
+from .weightings import Distance, Loss, WeightedDistance, Weighting
 
 
 def consistency_distillation_loss(
@@ -84,17 +79,16 @@ def consistency_distillation_loss(
         >>> result.terms["estimate"]  # EDM's c_skip = 0.25 / 4.25, times 1 - s/t, plus s/t
         tensor([[0.0598, 0.0598, 0.0598, 0.0598]])
     """
+    compare = WeightedDistance(distance, weighting, sigma_data)
     _check(x_0, noise, times, num_steps, (student, target))
-    masks = _masks(share_dropout)
-    t, u, s = _levels(x_0, times)
-    x_t = add_noise(x_0, noise, t)
-    x_u = add_noise(x_0, noise, u) if denoiser is None else _follow(denoiser, x_t, times, num_steps, condition)
-    with masks:
-        estimate = _jump(student, x_t, t, s, condition)
-    with torch.no_grad(), masks:
+    t, u, s, x_t, x_u = _points(denoiser, x_0, noise, times, num_steps, condition)
+    passes = StudentPasses(condition, share_dropout)
+
+    estimate = passes.jump(student, x_t, t, s)
+    with torch.no_grad():
         start = u.where(u > 0, t)  # u = 0 is clean already, and no level to jump from
-        goal = _jump(target, x_u, start, s, condition).where(expand_to(u, x_u) > 0, x_u)
-    return weighted_loss(estimate, goal, {"t": t, "u": u, "s": s}, distance, weighting, sigma_data)
+        goal = passes.jump(target, x_u, start, s).where(expand_to(u, x_u) > 0, x_u)
+    return compare(estimate, goal, t=t, u=u, s=s)
 
 
 def trajectory_distillation_loss(
@@ -124,30 +118,15 @@ def trajectory_distillation_loss(
     be small. Gradients pass through $\bar f$'s input, never into its parameters. Members whose steps are done cost
     no teacher call: each has its own t, u, s.
 
-    Args:
-        denoiser: The teacher; None to take $x_u = x_0 + u\, n$.
-        student: A two-time student, called as ``student(x_t, t, s, **condition)``.
-        target: The stop-gradient student $\bar f$: its average (`exponential_moving_average`) or the student itself.
-        x_0: Clean data. Shape ``(B, ...)``.
-        noise: Standard normal noise $n$. Shape of ``x_0``.
-        times: Noise levels from `sample_jump_times` or `sample_continuous_times`.
-        distance: Maps two batches to one number per sample, shape ``(B,)``.
-        weighting: A name from ``WEIGHTINGS``, or a function of t, u, s and ``sigma_data``.
-        sigma_data: Standard deviation of the data, for the weighting.
-        inner: What jumps from u to s on the target's side, without gradient. Default: ``target``. sony/ctm takes the
-            student itself, and its average for the jumps to $\varepsilon$ only.
-        sigma_min: The level at which both sides are compared. Default: the last of the times' grid, or 0.002.
-        num_steps: The teacher's steps from t to u where those are no levels of a grid: one number, or one per sample.
-            Default: as many as EDM's grid of 18 levels has there. Like the times, keep it on the CPU.
-        share_dropout: Give all passes the same dropout masks.
-        **condition: Handed to teacher, student and target.
+    The arguments and the errors are those of `consistency_distillation_loss`, for a student of two times, with times
+    from `sample_jump_times` or `sample_continuous_times` and the stop-gradient student as ``target``. Two more:
+
+    - ``inner``: What jumps from u to s on the target's side, without gradient. Default: ``target``. sony/ctm takes the
+      student itself, and its average for the jumps to $\varepsilon$ only.
+    - ``sigma_min``: The level at which both sides are compared. Default: the last of the times' grid, or 0.002.
 
     Returns:
         The loss and its terms.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If shapes do not fit, times are not $t \ge u \ge s$, or (on the CPU) the loss is not finite.
 
     Examples:
         >>> from analytic_precond import CTMPreconditioning, ConsistencyTrajectoryModel
@@ -159,31 +138,51 @@ def trajectory_distillation_loss(
         tensor([[0.1008, 0.1008, 0.1008, 0.1008]])
     """
     inner = target if inner is None else inner
+    compare = WeightedDistance(distance, weighting, sigma_data)
     _check(x_0, noise, times, num_steps, (student, target, inner))
     if sigma_min is not None:
         check_positive(sigma_min, "sigma_min")
-    masks = _masks(share_dropout)
-    t, u, s = _levels(x_0, times)
-    x_t = add_noise(x_0, noise, t)
-    x_u = add_noise(x_0, noise, u) if denoiser is None else _follow(denoiser, x_t, times, num_steps, condition)
+    t, u, s, x_t, x_u = _points(denoiser, x_0, noise, times, num_steps, condition)
     last = times.levels[-1] if sigma_min is None and times.levels is not None else sigma_min or 0.002
     end = place(last, s.device, s.dtype).expand_as(s).minimum(s)  # float32 grids end at 0.0019999996
-    with masks:
-        x_s = _jump(student, x_t, t, s, condition)
-    with masks:
-        estimate = _without_parameters(target, x_s, s, end, condition)
+    passes = StudentPasses(condition, share_dropout)
+
+    # from both points to s, then on to the end through the stop-gradient student
+    x_s = passes.jump(student, x_t, t, s)
+    estimate = passes.jump_of_input(target, x_s, s, end)
     with torch.no_grad():
-        with masks:
-            goal = _jump(inner, x_u, u, s, condition)
-        with masks:
-            goal = _jump(target, goal, s, end, condition)
-    return weighted_loss(estimate, goal, {"t": t, "u": u, "s": s}, distance, weighting, sigma_data)
+        goal = passes.jump(target, passes.jump(inner, x_u, u, s), s, end)
+    return compare(estimate, goal, t=t, u=u, s=s)
 
 
-def _levels(x_0: Tensor, times: JumpTimes) -> tuple[Tensor, Tensor, Tensor]:
-    """Return t, u, s where the data are, in their dtype, float32 at least: students compute in it."""
+class _Points(NamedTuple):
+    """The levels t, u, s where the data are, in their dtype, float32 at least: students compute in it; and x_t, x_u."""
+
+    t: Tensor
+    u: Tensor
+    s: Tensor
+    x_t: Tensor
+    x_u: Tensor
+
+
+def _points(
+    denoiser: Denoiser | None,
+    x_0: Tensor,
+    noise: Tensor,
+    times: JumpTimes,
+    num_steps: Tensor | int | None,
+    condition: Mapping[str, Any],
+) -> _Points:
     dtype = torch.promote_types(x_0.dtype, torch.float32)
-    return place(times.t, x_0.device, dtype), place(times.u, x_0.device, dtype), place(times.s, x_0.device, dtype)
+    t, u, s = (place(level, x_0.device, dtype) for level in (times.t, times.u, times.s))
+    x_t = add_noise(x_0, noise, t)
+    x_u = add_noise(x_0, noise, u) if denoiser is None else _follow(denoiser, x_t, times, num_steps, condition)
+    return _Points(t, u, s, x_t, x_u)
+
+
+def add_noise(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t, computed at the levels' precision, in float32 at least: half precision cannot hold x_0 + 0.002 n."""
+    return (x_0 + expand_to(t, x_0) * noise).to(torch.promote_types(x_0.dtype, torch.float32))
 
 
 @torch.no_grad()
@@ -203,27 +202,6 @@ def _steps_of_edm(times: JumpTimes) -> Tensor:
     span = (t - u) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
     steps: Tensor = (17 * span - 1e-5).ceil()  # a whole number of them is that number in float32, too
     return steps.clamp(min=1).long()
-
-
-def _jump(student: Callable[..., Tensor], x: Tensor, t: Tensor, s: Tensor, condition: Mapping[str, Any]) -> Tensor:
-    reached = student(x, t, s, **condition)
-    check_reached(reached, x)
-    return reached
-
-
-def _without_parameters(
-    student: Callable[..., Tensor], x: Tensor, t: Tensor, s: Tensor, condition: Mapping[str, Any]
-) -> Tensor:
-    """Call a student so that gradients reach its input but none of its parameters."""
-    if isinstance(student, DistributedDataParallel):  # whose reducer expects every pass to reach the parameters
-        student = student.module
-    if isinstance(student, nn.Module) and not any(p.requires_grad for p in student.parameters()):
-        return _jump(student, x, t, s, condition)
-    return through_input_only(lambda start: _jump(student, start, t, s, condition), x)
-
-
-def _masks(share: bool) -> AbstractContextManager[Any]:
-    return SharedDropout() if share else nullcontext()
 
 
 def _check(
@@ -254,45 +232,12 @@ def _check(
         )
 
 
-def denoising_loss(
-    denoiser: Denoiser,
-    x_0: Tensor,
-    noise: Tensor,
-    t: Tensor | float,
-    *,
-    distance: Distance = squared_error,
-    weighting: str | Weighting = "karras",
-    sigma_data: float = 0.5,
-    **condition: Any,
-) -> Loss:
-    r"""Denoising score matching: $w(t)\, d\big(D(x_0 + t\, n, t), x_0\big)$ (Karras et al. 2022).
-
-    CTM adds it to its trajectory loss with the student's own denoiser, weighted by `adaptive_balance`.
-
-    Args:
-        denoiser: What is trained: ``student.denoise`` (``wrapper.module.denoise`` of a wrapped one), or a teacher.
-        x_0: Clean data. Shape ``(B, ...)``.
-        noise: Standard normal noise $n$. Shape of ``x_0``.
-        t: Noise levels, e.g. from `sample_lognormal_noise_levels`, positive. Shape ``(B,)``, or one for all.
-        distance: Maps two batches to one number per sample, shape ``(B,)``.
-        weighting: A name from ``WEIGHTINGS`` that rests on t alone, or a function; EDM's by default.
-        sigma_data: Standard deviation of the data, for the weighting.
-        **condition: Handed to the denoiser.
-
-    Returns:
-        The loss and its terms.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If shapes do not fit or (on the CPU) the loss is not finite.
-
-    Examples:
-        >>> from torch import ones
-        >>> x_0 = ones(1, 2)
-        >>> denoising_loss(lambda x, t: 0 * x, x_0, 0 * x_0, ones(1)).loss  # 1 / 1^2 + 1 / 0.5^2
-        tensor(5.)
-    """
-    check_data(x_0, noise)
-    t = per_sample(t, x_0, "t").to(torch.promote_types(x_0.dtype, torch.float32))
-    x_t = add_noise(x_0, noise, t)
-    return weighted_loss(denoiser(x_t, t, **condition), x_0, {"t": t}, distance, weighting, sigma_data)
+def check_data(x_0: Tensor, noise: Tensor) -> None:
+    """Refuse anything but two batches of one shape."""
+    for value, name in ((x_0, "x_0"), (noise, "noise")):
+        check_tensor(value, name)
+    if x_0.shape != noise.shape or x_0.numel() == 0:
+        raise ValueError(
+            f"x_0 and noise must be batches of one shape (B, ...), got {tuple(x_0.shape)} and {tuple(noise.shape)}: "
+            f"draw noise with torch.randn(x_0.shape, generator=...)."
+        )

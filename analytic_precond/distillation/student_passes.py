@@ -1,44 +1,57 @@
-r"""Gradients that pass through a network to its input, and into none of its parameters.
-
-The same dropout masks for student and target, which consistency losses compare.
-"""
+r"""The passes of students in one training step: with one set of dropout masks, and with gradients where they belong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+
+from .._checks import check_reached
+
+StudentFunction = Callable[..., Tensor]
 
 
-def through_input_only(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call a function of one tensor so that gradients reach that tensor and nothing else.
-
-    The parameters need not be known: the function may be a module, a wrapped or compiled one, one that checkpoints its
-    activations, a method, or a function around any of them.
+class StudentPasses:
+    """Jumps of students ``student(x_t, t, s, **condition)`` that are to be compared.
 
     Args:
-        function: Maps a tensor to another.
-        x: Its argument.
-
-    Returns:
-        The function's value. Its gradient with respect to ``x`` can be taken, but not differentiated again.
-
-    Examples:
-        >>> layer, x = torch.nn.Linear(1, 1), torch.ones(1, requires_grad=True)
-        >>> through_input_only(layer, x).backward()
-        >>> torch.equal(x.grad, layer.weight[0]), layer.weight.grad
-        (True, None)
+        condition: Handed to every student.
+        share_dropout: Give all passes the same dropout masks.
     """
-    result: Tensor = _InputGradient.apply(x, function)  # type: ignore[no-untyped-call]
-    return result
+
+    def __init__(self, condition: Mapping[str, Any], share_dropout: bool) -> None:
+        self.condition = condition
+        self.masks: AbstractContextManager[Any] = SharedDropout() if share_dropout else nullcontext()
+
+    def jump(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Return the student's jump from t to s, of x's shape."""
+        with self.masks:
+            reached = student(x, t, s, **self.condition)
+        check_reached(reached, x)
+        return reached
+
+    def jump_of_input(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Return the jump; gradients reach its input, but none of the student's parameters."""
+        if isinstance(student, DistributedDataParallel):  # whose reducer expects every pass to reach the parameters
+            student = student.module
+        if isinstance(student, nn.Module) and not any(p.requires_grad for p in student.parameters()):
+            return self.jump(student, x, t, s)
+        jumped: Tensor = _InputGradient.apply(x, lambda start: self.jump(student, start, t, s))  # type: ignore[no-untyped-call]
+        return jumped
 
 
 class _InputGradient(torch.autograd.Function):
-    """A graph of its own, whose backward pass is asked for the input's gradient only."""
+    """A function of one tensor as a graph of its own, whose backward pass is asked for that tensor's gradient only.
+
+    The function may be a module, a wrapped or compiled one, one that checkpoints its activations, or a method: its
+    parameters need not be known. The gradient cannot be differentiated again.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -1,8 +1,8 @@
-r"""Weights of a training loss, by the noise levels of its jump: functions of (t, u, s, sigma_data), in `WEIGHTINGS`.
+r"""A loss as the mean of weight times distance, and its weights: functions of (t, u, s, sigma_data), in `WEIGHTINGS`.
 
 t is where the student starts, u where the teacher's step ends, s the target; each function looks at what its formula
 names. All are for an error of the denoiser or of the jump, in the data's scale, with $d = \sigma_{data}$ and
-$c_{out} = t d / \sqrt{t^2 + d^2}$. Published codes have several names for the same weight; all are taken:
+$c_{out} = t d / \sqrt{t^2 + d^2}$. Published codes have several names for the same weight:
 
 | name here | weight | published as |
 |---|---|---|
@@ -26,150 +26,139 @@ Examples:
     >>> t, u, s = torch.tensor([[0.5], [0.25], [0.002]])
     >>> WEIGHTINGS["karras"](t, u, s, 0.5), WEIGHTINGS["inverse-step"](t, u, s, 0.5)
     (tensor([8.]), tensor([4.]))
-
-The weight that gives one loss as large a gradient as another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from .._checks import check_choice, check_positive, may_read
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
 Weighting = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
-def uniform_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return 1."""
-    return torch.ones_like(_at_least_float32(t))
+def _widened(formula: Weighting) -> Weighting:
+    """Return the formula of levels in float32 at least: 1 / t^2 overflows in float16."""
+
+    def weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
+        t, u, s = (level.to(torch.promote_types(level.dtype, torch.float32)) for level in (t, u, s))
+        return formula(t, u, s, sigma_data)
+
+    return weighting
 
 
-def snr_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return 1 / t^2, the signal-to-noise ratio of data of unit variance."""
-    return _at_least_float32(t) ** -2
+_FORMULAS: dict[str, Weighting] = {
+    "uniform": lambda t, u, s, d: torch.ones_like(t),
+    "snr": lambda t, u, s, d: t**-2,
+    "snr+1": lambda t, u, s, d: t**-2 + 1,
+    "karras": lambda t, u, s, d: t**-2 + d**-2,  # at initialisation every level then has the same loss
+    "truncated-snr": lambda t, u, s, d: (t**-2).clamp(min=1),
+    "soft-min-snr": lambda t, u, s, d: 1 / (t**2 + d**2),
+    "inverse-c_out": lambda t, u, s, d: (t**-2 + d**-2).sqrt(),
+    "inverse-step": lambda t, u, s, d: 1 / (t - u),  # infinite without a step
+    "inverse-root-step": lambda t, u, s, d: (t - u).rsqrt(),
+    "uniform_g": lambda t, u, s, d: t / (t - s),  # the inverse of the network's share of an Euler jump
+    "sq-t-inverse": lambda t, u, s, d: t.sqrt(),
+}
 
-
-def snr_plus_one_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return 1 / t^2 + 1."""
-    return _at_least_float32(t) ** -2 + 1
-
-
-def karras_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return (t^2 + d^2) / (t d)^2: at initialisation every level then has the same loss (Karras et al. 2022)."""
-    return _at_least_float32(t) ** -2 + sigma_data**-2
-
-
-def truncated_snr_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return max(1 / t^2, 1)."""
-    return (_at_least_float32(t) ** -2).clamp(min=1)
-
-
-def soft_min_snr_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return 1 / (t^2 + d^2)."""
-    return 1 / (_at_least_float32(t) ** 2 + sigma_data**2)
-
-
-def inverse_c_out_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return sqrt(t^2 + d^2) / (t d), the root of `karras_weighting`."""
-    return karras_weighting(t, u, s, sigma_data).sqrt()
-
-
-def inverse_step_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return 1 / (t - u); infinite without a step."""
-    return 1 / (_at_least_float32(t) - _at_least_float32(u))
-
-
-def inverse_root_step_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return 1 / sqrt(t - u); infinite without a step."""
-    return (_at_least_float32(t) - _at_least_float32(u)).rsqrt()
-
-
-def jump_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return t / (t - s), the inverse of the network's share of an Euler jump; infinite for s = t."""
-    t = _at_least_float32(t)
-    return t / (t - _at_least_float32(s))
-
-
-def root_weighting(t: Tensor, u: Tensor, s: Tensor, sigma_data: float) -> Tensor:
-    """Return sqrt(t)."""
-    return _at_least_float32(t).sqrt()
-
-
-WEIGHTINGS: Mapping[str, Weighting] = MappingProxyType(
-    {
-        "uniform": uniform_weighting,
-        "snr": snr_weighting,
-        "snr+1": snr_plus_one_weighting,
-        "karras": karras_weighting,
-        "truncated-snr": truncated_snr_weighting,
-        "soft-min-snr": soft_min_snr_weighting,
-        "inverse-c_out": inverse_c_out_weighting,
-        "inverse-step": inverse_step_weighting,
-        "inverse-root-step": inverse_root_step_weighting,
-        "uniform_g": jump_weighting,
-        "sq-t-inverse": root_weighting,
-        # the same under the names of sony/ctm and of FastGen
-        "karras_weight": karras_weighting,
-        "one": uniform_weighting,
-        "sigma_sq": snr_weighting,
-        "c_out": inverse_c_out_weighting,
-        "c_out_sq": karras_weighting,
-        "default": inverse_step_weighting,
-        "sqrt": inverse_root_step_weighting,
-    }
-)
+WEIGHTINGS: Mapping[str, Weighting] = MappingProxyType({name: _widened(f) for name, f in _FORMULAS.items()})
 """The weightings by name: each maps t, u, s of shape ``(B,)`` and ``sigma_data`` to weights of shape ``(B,)``, in the
 levels' dtype but at least float32. A loss takes any of the names, or any other such function."""
 
 
-def _at_least_float32(level: Tensor) -> Tensor:
-    return level.to(torch.promote_types(level.dtype, torch.float32))
+@dataclass(frozen=True)
+class Loss:
+    """A loss and what it is made of.
+
+    Attributes:
+        loss: The mean over the batch, to call ``backward`` on. Scalar.
+        per_sample: What it is the mean of, weight times distance. Shape ``(B,)``.
+        terms: ``"distance"`` and ``"weight"``, shape ``(B,)`` and without gradient; ``"estimate"`` and ``"target"``,
+            the images that were compared, the first with its gradient.
+        times: The noise levels t (and u, s) of each sample, by name.
+    """
+
+    loss: Tensor
+    per_sample: Tensor
+    terms: Mapping[str, Tensor]
+    times: Mapping[str, Tensor]
+
+    def check(self) -> None:
+        """Raise a ValueError that names the noise levels of NaN or infinite losses, if any (reads the values)."""
+        bad = (~torch.isfinite(self.per_sample)).nonzero().flatten().tolist()
+        if bad:
+            where = ", ".join(f"{name} = {value[bad[0]].item():.6g}" for name, value in self.times.items())
+            raise ValueError(
+                f"the loss must be finite, got {self.per_sample[bad[0]].item()} at {where} (sample {bad[0]}; "
+                f"{len(bad)} of {len(self.per_sample)} samples): look at the network's output there, at its precision "
+                f"(fp16 ends at 65504), at the teacher and at the learning rate."
+            )
 
 
-_FLOOR, _LARGEST = 1e-4, 1e4
-
-
-def adaptive_balance(reference: Tensor, other: Tensor, parameter: Tensor) -> Tensor:
-    r"""Return the weight with which ``other`` pulls at a parameter as strongly as ``reference`` does.
-
-    $$w = \min\Big(\frac{\lVert \nabla_\phi\, reference \rVert}{\lVert \nabla_\phi\, other \rVert + 10^{-4}},
-      10^4\Big)$$
-
-    It is how CTM adds its denoising loss (Kim et al. 2024; VQGAN's rule before), with the weights of the network's
-    last layer for $\phi$. Both graphs stay, so that ``(reference + w * other).backward()`` follows.
+@dataclass
+class WeightedDistance:
+    """The distance of two batches, weighted by their noise levels.
 
     Args:
-        reference: A scalar loss.
-        other: The scalar loss to weigh.
-        parameter: One parameter that both depend on.
-
-    Returns:
-        The weight, a scalar without gradient, on the losses' device.
+        distance: Maps two batches to one number per sample, shape ``(B,)``.
+        weighting: A name from ``WEIGHTINGS``, or a function of t, u, s and ``sigma_data``.
+        sigma_data: Standard deviation of the data, for the weighting.
 
     Raises:
-        TypeError: If a loss is no tensor.
-        ValueError: If a loss is not a scalar or does not depend on the parameter.
-
-    Examples:
-        >>> phi = torch.ones(2, requires_grad=True)
-        >>> round(adaptive_balance(6 * phi.sum(), 2 * phi.sum(), phi).item(), 3)
-        3.0
+        TypeError: If ``sigma_data`` is no number.
+        ValueError: If the weighting is unknown or ``sigma_data`` not positive.
     """
-    norms = []
-    for name, loss in (("reference", reference), ("other", other)):
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"{name} must be a scalar tensor, got {type(loss).__name__}: pass the .loss of a Loss.")
-        if loss.numel() != 1:
-            raise ValueError(f"{name} must be a scalar loss, got shape {tuple(loss.shape)}: take its mean.")
-        gradient = None
-        if loss.requires_grad and parameter.requires_grad:
-            (gradient,) = torch.autograd.grad(loss, parameter, retain_graph=True, allow_unused=True)
-        if gradient is None:
+
+    distance: Distance
+    weighting: str | Weighting
+    sigma_data: float
+
+    def __post_init__(self) -> None:
+        """Refuse bad arguments."""
+        if isinstance(self.weighting, str):
+            check_choice(self.weighting, WEIGHTINGS, "weighting")
+        check_positive(self.sigma_data, "sigma_data")
+
+    def __call__(self, estimate: Tensor, target: Tensor, **times: Tensor) -> Loss:
+        """Return the mean over the batch.
+
+        Args:
+            estimate: What is trained. Shape ``(B, ...)``.
+            target: What it should be. Shape of ``estimate``.
+            **times: The noise levels t, and u and s if there are. Shape ``(B,)``.
+
+        Raises:
+            ValueError: If the distance or the weighting returns another shape or (on the CPU) something that is not
+                finite.
+        """
+        distances = self.distance(estimate, target)
+        if not isinstance(distances, Tensor) or distances.shape != estimate.shape[:1]:
             raise ValueError(
-                f"{name} must depend on the parameter, got no gradient: pass a layer that both losses use."
+                f"the distance must return one number per sample, shape {tuple(estimate.shape[:1])}, got "
+                f"{_shape(distances)}: average over the elements of each sample only."
             )
-        norms.append(torch.linalg.vector_norm(gradient))
-    weight: Tensor = (norms[0] / (norms[1] + _FLOOR)).clamp(max=_LARGEST)
-    return weight
+        weighting = WEIGHTINGS[self.weighting] if isinstance(self.weighting, str) else self.weighting
+        t = times["t"]
+        weight = weighting(t, times.get("u", t), times.get("s", t), self.sigma_data)
+        if not isinstance(weight, Tensor) or weight.shape != t.shape:
+            raise ValueError(
+                f"the weighting must return one number per sample, shape {tuple(t.shape)}, got {_shape(weight)}."
+            )
+        weight = weight.to(distances.dtype)
+        per_sample = weight * distances
+        terms = {"distance": distances.detach(), "weight": weight.detach(), "estimate": estimate, "target": target}
+        result = Loss(per_sample.mean(), per_sample, terms, times)
+        if may_read(per_sample):
+            result.check()
+        return result
+
+
+def _shape(value: object) -> object:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -1,7 +1,8 @@
-r"""Heun's method with a start and a stop of its own for every sample of a batch, as distillation needs it.
+r"""Whole solutions of the teacher's ODE: over one grid, or with a start and a stop of its own for every sample.
 
-Samples that have arrived leave the batch: the teacher sees each one exactly as often as its own steps ask for, in
-batches that shrink. Compile such a teacher with ``dynamic=True``, or torch compiles it for each size.
+Distillation needs the latter. Samples that have arrived leave the batch: the teacher sees each one exactly as often as
+its own steps ask for, in batches that shrink. Compile such a teacher with ``dynamic=True``, or torch compiles it for
+each size.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import all_true, check_choice, check_count, check_positive
+from .._checks import all_true, check_choice, check_count, check_finite, check_positive, check_tensor
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import per_sample
+from ..teachers.conditions import condition_rows
 from ..teachers.denoiser import Denoiser
-from .steps import STEPS, Velocity, check_grid, euler, heun, state_dtype
+from .steps import STEPS, Velocity, euler, heun
 
 
 def solve_ode(
@@ -63,8 +65,8 @@ def solve_ode(
     """
     check_choice(method, STEPS, "method")
     velocity = Velocity.of(denoiser, x, condition)
-    reaches_zero = check_grid(levels)
-    x = x.to(state_dtype(dtype, x))
+    reaches_zero = _check_grid(levels)
+    x = x.to(_state_dtype(dtype, x))
 
     grid = levels.to(x.device, wide_dtype(x.device), non_blocking=True)
     states = [x]
@@ -94,18 +96,16 @@ def heun_solve(
     of 0 a sample takes an Euler step, with one evaluation, in a call of its own kind.
 
     Args:
-        denoiser: The teacher $D$. Conditions that it holds itself must fit batches of any size: give per-sample ones
-            here.
+        denoiser: The teacher $D$. What it holds itself must fit batches of any size: give per-sample conditions here.
         x: Noisy data, sample i at level ``levels[start[i]]``. Shape ``(B, ...)``.
         levels: Strictly decreasing noise levels; the last may be 0. Shape ``(K,)``.
         start: Indices into ``levels``, 0 for the noisiest. Integers of shape ``(B,)``, or one for all.
         stop: Indices into ``levels``, at least ``start``. Where equal, the sample is returned as it came. Integers of
             shape ``(B,)``, or one for all. The values of levels and indices decide what is called, so they are read:
             keep all three on the CPU to avoid a synchronisation.
-        dtype: The dtype that the data are carried in and returned in. Default: ``x``'s. The teacher is called in its
-            own dtype all the same (see `analytic_precond.ode`).
-        **condition: Handed to the teacher. Tensors whose first dimension has size B are taken to hold one row per
-            sample and follow the samples still on their way; everything else is handed over as it is.
+        dtype: The dtype that the data are carried in and returned in, as for `solve_ode`.
+        **condition: Handed to the teacher. Tensors, arrays and lists with one entry for each of B samples, also inside
+            dicts, lists and tuples, follow the samples still on their way; anything else is handed over as it is.
 
     Returns:
         The data, sample i at level ``levels[stop[i]]``. Shape of ``x``.
@@ -122,15 +122,15 @@ def heun_solve(
         tensor([1., 2.])
     """
     velocity = Velocity.of(denoiser, x, condition)
-    reaches_zero = check_grid(levels)
+    reaches_zero = _check_grid(levels)
     if levels[0] < levels[-1]:
         raise ValueError(
             f"levels must be decreasing (noisiest first), got {levels[0].item():g} to {levels[-1].item():g}: flip them "
             f"(levels.flip(0)), and the indices (len(levels) - 1 - index)."
         )
     last = len(levels) - 1
-    first_index = host_integers(start, x, "start", 0, last)
-    last_index = host_integers(stop, x, "stop", 0, last)
+    first_index = _host_integers(start, x, "start", 0, last)
+    last_index = _host_integers(stop, x, "stop", 0, last)
     steps = last_index - first_index
     if bool((steps < 0).any()):
         i = int((steps < 0).nonzero()[0])
@@ -165,8 +165,7 @@ def heun_solve_between(
     The teacher is called twice per step of the longest way, and evaluates ``2 * num_steps.sum()`` samples in all.
 
     Args:
-        denoiser: The teacher $D$. Conditions that it holds itself must fit batches of any size: give per-sample ones
-            here.
+        denoiser: The teacher $D$. What it holds itself must fit batches of any size: give per-sample conditions here.
         x: Noisy data at levels ``t``. Shape ``(B, ...)``.
         t: Noise levels to start from. Shape ``(B,)``, or one for all.
         u: Noise levels to reach, positive and at most ``t``. Shape ``(B,)``, or one for all. Off the CPU, levels out
@@ -174,10 +173,8 @@ def heun_solve_between(
         num_steps: Steps for each sample, at least 1; also where u = t, which changes nothing. Integers of shape
             ``(B,)``, or one for all. Their values are read: keep them on the CPU to avoid a synchronisation.
         rho: Exponent of the spacing, positive; large values take more steps at small noise.
-        dtype: The dtype that the data are carried in and returned in. Default: ``x``'s. The teacher is called in its
-            own dtype all the same (see `analytic_precond.ode`).
-        **condition: Handed to the teacher. Tensors whose first dimension has size B are taken to hold one row per
-            sample and follow the samples still on their way; everything else is handed over as it is.
+        dtype: As for `heun_solve`.
+        **condition: As for `heun_solve`.
 
     Returns:
         The data at levels ``u``. Shape of ``x``.
@@ -199,7 +196,7 @@ def heun_solve_between(
         i = int((u > t).nonzero()[0])
         raise ValueError(f"u must be at most t, got t = {t[i].item():g} and u = {u[i].item():g} at position {i}.")
     check_positive(rho, "rho")
-    steps = host_integers(num_steps, x, "num_steps", 1)
+    steps = _host_integers(num_steps, x, "num_steps", 1)
 
     target = torch.where(u <= t, u, torch.nan)
     num = steps.to(x.device, t.dtype, non_blocking=True)
@@ -212,7 +209,41 @@ def heun_solve_between(
     return _march(velocity, x, dtype, 2 * steps, level_at)
 
 
-def host_integers(value: Tensor | int, x: Tensor, name: str, low: int, high: int | None = None) -> Tensor:
+def _check_grid(levels: Tensor) -> bool:
+    """Refuse anything but a strictly monotone grid of noise levels, 0 at most at its end; return whether it ends so."""
+    check_tensor(levels, "levels")
+    if levels.ndim != 1 or levels.numel() < 2:
+        raise ValueError(
+            f"levels must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}: make a grid with "
+            f"karras_noise_levels."
+        )
+    check_finite(levels, "levels")
+    values = levels.detach().cpu().double()
+    steps = values.diff()
+    if not bool((steps < 0).all() | (steps > 0).all()):
+        index = int((steps.sign() != steps[0].sign()).logical_or(steps == 0).nonzero()[0])
+        raise ValueError(
+            f"levels must be strictly decreasing or strictly increasing, got {values[index]:g} then "
+            f"{values[index + 1]:g} at index {index}: sort them and drop duplicates."
+        )
+    if bool((values[:-1] <= 0).any()) or bool(values[-1] < 0):
+        raise ValueError(
+            f"levels must be positive noise levels (sigma), only the last may be 0, got {values.min():g} at index "
+            f"{int(values.argmin())}: the ODE cannot leave 0, start at sigma_min."
+        )
+    return bool(values[-1] == 0)
+
+
+def _state_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    """Return the dtype of the state: ``x``'s by default."""
+    if dtype is None:
+        return x.dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}: for example torch.float64.")
+    return dtype
+
+
+def _host_integers(value: Tensor | int, x: Tensor, name: str, low: int, high: int | None = None) -> Tensor:
     """Return one checked integer per sample, int64 on the CPU, shape ``(B,)``."""
     if not isinstance(value, Tensor):
         check_count(value, low, name)
@@ -240,39 +271,26 @@ def _march(
     evaluations: Tensor,
     level_at: Callable[[int], Tensor],
 ) -> Tensor:
-    """Take each sample's steps until its teacher evaluations are used up.
+    """Return the data where each sample has used up its teacher evaluations, of shape ``(B,)`` on the CPU.
 
-    Two evaluations are a Heun step, a single last one is an Euler step. Sorted by evaluations, the samples still on
-    their way are always the first ones.
-
-    Args:
-        velocity: The teacher's velocity, with the conditions of all samples.
-        x: The data to start from. Shape ``(B, ...)``.
-        dtype: The dtype of the state. Default: ``x``'s.
-        evaluations: How often the teacher is to see each sample, on the CPU. Shape ``(B,)``.
-        level_at: The levels of all samples after a number of steps. Shape ``(B,)``.
-
-    Returns:
-        The data where they arrive, in the order of ``x``.
+    ``level_at`` tells the levels of all samples after a number of steps.
     """
+    # 1. Sorted by evaluations, the samples still on their way are always the first ones
     order = evaluations.argsort(descending=True, stable=True)
     rows = order.to(x.device, non_blocking=True)
-    followers = {
-        name: value[order.to(value.device, non_blocking=True)]
-        for name, value in velocity.condition.items()
-        if isinstance(value, Tensor) and value.shape[:1] == x.shape[:1]
-    }
-    way, arrived = x.to(state_dtype(dtype, x))[rows], []
+    way, arrived = x.to(_state_dtype(dtype, x))[rows], []
 
     for step in range((max(evaluations.tolist(), default=0) + 1) // 2):
+        # 2. Two evaluations left are a Heun step, a single one an Euler step, none an arrival
         num, num_heun = (int((evaluations > spent).sum()) for spent in (2 * step, 2 * step + 1))
         arrived.append(way[num:])
         t, s = (level_at(k)[rows[:num]] for k in (step, step + 1))
         pieces = []
         for take, part in ((heun, slice(0, num_heun)), (euler, slice(num_heun, num))):
             if part.start < part.stop:
-                here = {name: value[part] for name, value in followers.items()}
-                v = replace(velocity, condition={**velocity.condition, **here})
-                pieces.append(take(v, way[part], t[part], s[part]))
+                condition = condition_rows(velocity.condition, order[part], len(x))
+                pieces.append(take(replace(velocity, condition=condition), way[part], t[part], s[part]))
         way = torch.cat(pieces)
+
+    # 3. Those that arrived last stand first; back to the order of x
     return torch.cat([way, *reversed(arrived)])[rows.argsort()]

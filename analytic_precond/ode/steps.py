@@ -1,6 +1,4 @@
-r"""What the ODE solvers accept: noise levels per sample, grids of them, the dtype of the state.
-
-The teacher's probability-flow ODE, $dx/dt = (x - D(x, t)) / t$: velocity, Euler and Heun steps, whole solutions.
+r"""One step along the teacher's probability-flow ODE, $dx/dt = (x - D(x, t)) / t$, by Euler's or Heun's method.
 
 Steps go either way: towards the data (s < t) or towards the noise (s > t). Level arithmetic is done in float64, the
 rest in float32 or wider. The teacher is called in its own dtype: that of its parameters, or of ``x`` where it has none;
@@ -18,45 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_tensor
+from .._checks import check_tensor
 from .._precision import network_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
 from ..teachers.denoiser import Denoiser, modules_of
 from ..teachers.networks import NetworkDenoiser
-
-
-def check_grid(levels: Tensor) -> bool:
-    """Refuse anything but a strictly monotone grid of noise levels, 0 at most at its end; return whether it ends so."""
-    check_tensor(levels, "levels")
-    if levels.ndim != 1 or levels.numel() < 2:
-        raise ValueError(
-            f"levels must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}: make a grid with "
-            f"karras_noise_levels."
-        )
-    check_finite(levels, "levels")
-    values = levels.detach().cpu().double()
-    steps = values.diff()
-    if not bool((steps < 0).all() | (steps > 0).all()):
-        index = int((steps.sign() != steps[0].sign()).logical_or(steps == 0).nonzero()[0])
-        raise ValueError(
-            f"levels must be strictly decreasing or strictly increasing, got {values[index]:g} then "
-            f"{values[index + 1]:g} at index {index}: sort them and drop duplicates."
-        )
-    if bool((values[:-1] <= 0).any()) or bool(values[-1] < 0):
-        raise ValueError(
-            f"levels must be positive noise levels (sigma), only the last may be 0, got {values.min():g} at index "
-            f"{int(values.argmin())}: the ODE cannot leave 0, start at sigma_min."
-        )
-    return bool(values[-1] == 0)
-
-
-def state_dtype(dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
-    """Return the dtype of the state: ``x``'s by default."""
-    if dtype is None:
-        return x.dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point torch.dtype, got {dtype!r}: for example torch.float64.")
-    return dtype
 
 
 def widen(x: Tensor) -> Tensor:
@@ -132,20 +96,10 @@ def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | floa
 
     Samples whose s is 0, where v is not defined, get the Euler step (Karras et al. 2022, algorithm 1).
 
-    Args:
-        denoiser: The teacher $D$.
-        x: Noisy data at level ``t``. Shape ``(B, ...)``.
-        t: Noise levels to start from, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling,
-            levels out of range give NaN instead of an error.
-        s: Noise levels to reach, above or below ``t``, at least 0. Shape ``(B,)``, or one for all.
-        **condition: Handed to the teacher.
+    The arguments, what they may be and the errors are those of `euler_step`.
 
     Returns:
         The data at noise level ``s``. Shape and dtype of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a shape does not fit or a level is out of range.
 
     Examples:
         >>> from analytic_precond import GaussianDenoiser

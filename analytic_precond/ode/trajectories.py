@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..noise_levels.per_sample import expand_to
 from ..teachers.conditions import condition_rows
 from ..teachers.denoiser import Denoiser
 from .steps import Velocity
@@ -72,29 +73,35 @@ def trajectory(denoiser: Denoiser, start: Start, levels: Sequence[float]) -> Ite
         TypeError: If the teacher does not return a floating-point tensor.
         ValueError: If it returns another shape.
     """
-    velocity = Velocity.of(denoiser, start.x.to(start.dtype), start.condition)
-    x, t = start.x, levels[0]
-    slope = velocity(x, _full(t, x))
-    yield x, t * slope
-    for s in levels[1:]:
-        x = _step(velocity, x, t, s, slope)
-        t, slope = s, velocity(x, _full(s, x))
-        yield x, t * slope
+    x = start.x
+    velocity = Velocity.of(denoiser, x.to(start.dtype), start.condition)
+    yield from solution(velocity, x, [x.new_full((len(x),), level) for level in levels])
 
 
-def _step(velocity: Velocity, x: Tensor, t: float, s: float, slope: Tensor) -> Tensor:
-    """Carry x from t to s, given the slope at t."""
-    slopes = [slope]
-    for place, weights in zip(_PLACES[1:], _STAGES[1:], strict=True):
-        slopes.append(velocity(_along(x, s - t, weights, slopes), _full(t + place * (s - t), x)))
-    return _along(x, s - t, _STEP, slopes)
+def solution(velocity: Velocity, x: Tensor, levels: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield x and x - D(x, t) at each level, which every sample may have of its own.
+
+    Args:
+        velocity: The teacher's.
+        x: The state at the first level, in the dtype to compute in. Shape ``(B, ...)``.
+        levels: Positive noise levels in that dtype. Shape ``(B,)`` each.
+
+    Yields:
+        The state, and what the teacher takes off it.
+    """
+    t, *lower = levels
+    slopes = [velocity(x, t)]
+    yield x, expand_to(t, x) * slopes[0]
+    for s in lower:
+        dt = expand_to(s - t, x)
+        for place, weights in zip(_PLACES[1:], _STAGES[1:], strict=True):
+            slopes.append(velocity(_along(x, dt, weights, slopes), t + place * (s - t)))
+        x, t = _along(x, dt, _STEP, slopes), s
+        slopes = [velocity(x, t)]  # the seventh stage of one step is the first of the next
+        yield x, expand_to(t, x) * slopes[0]
 
 
-def _along(x: Tensor, dt: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
+def _along(x: Tensor, dt: Tensor, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     for weight, slope in zip(weights, slopes, strict=True):
         x = x + dt * weight * slope
     return x
-
-
-def _full(t: float, x: Tensor) -> Tensor:
-    return torch.full((len(x),), t, dtype=x.dtype, device=x.device)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .._precision import place
+
 
 def condition_rows(condition: Any, index: Tensor, num: int) -> Any:
     """Return a condition for rows that are samples ``index``.
@@ -32,7 +34,7 @@ def condition_rows(condition: Any, index: Tensor, num: int) -> Any:
     if isinstance(condition, Mapping):
         return {name: condition_rows(value, index, num) for name, value in condition.items()}
     if isinstance(condition, Tensor):
-        return condition[index.to(condition.device)] if _has_rows(condition, num) else condition
+        return condition[place(index, condition.device, index.dtype)] if _has_rows(condition, num) else condition
     if isinstance(condition, np.ndarray):
         return condition[index.numpy()] if _has_rows(condition, num) else condition
     if isinstance(condition, list | tuple):

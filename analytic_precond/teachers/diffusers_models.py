@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
+from ..noise_levels.network_scalings import EDMPreconditioning, cm_c_noise
 from ..noise_levels.schedules import RectifiedFlowSchedule
 from ..noise_levels.vp_schedules import VPDiscreteSchedule
+from ..preconditionings.hand_crafted import CMPreconditioning
 from .networks import NetworkDenoiser, NetworkScalings
 from .predictions import PredictionScalings
 
@@ -74,6 +77,31 @@ class _TimestepByKeyword(nn.Module):
         return self.model(x, timestep=time, return_dict=False, **condition)[0]
 
 
+@dataclass(frozen=True)
+class _Negated:
+    """Scalings of a network that predicts the opposite."""
+
+    scalings: NetworkScalings
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        c_skip, c_out, c_in, c_noise = self.scalings(t)
+        return c_skip, -c_out, c_in, c_noise
+
+
+class _ConsistencyScalings:
+    """The scalings of a consistency model: its jump to ``sigma_min`` on EDM's denoiser around the network."""
+
+    def __init__(self, scheduler: Any) -> None:
+        config = scheduler.config
+        self.edm = EDMPreconditioning(config.sigma_data)
+        self.jump = CMPreconditioning(config.sigma_data, config.sigma_min)
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        edm = self.edm(t)
+        c_skip, c_out = self.jump.coefficients(t, torch.full_like(t, self.jump.sigma_min))
+        return c_skip + c_out * edm.c_skip, c_out * edm.c_out, edm.c_in, cm_c_noise(t)
+
+
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 
@@ -82,7 +110,7 @@ def _discrete(scheduler: Any) -> NetworkScalings:
     config = scheduler.config
     check_choice(config.prediction_type, _PREDICTION_TYPES, f"{type(scheduler).__name__}'s prediction_type")
     if getattr(config, "timestep_type", "discrete") == "continuous" and config.prediction_type == "v_prediction":
-        return _EDMScalings(sigma_data=1.0, sign=-1)
+        return _Negated(EDMPreconditioning(sigma_data=1.0))
     alphas_cumprod = scheduler.alphas_cumprod
     if getattr(config, "rescale_betas_zero_snr", False):
         alphas_cumprod = alphas_cumprod[:-1]  # the last is pure noise: 0, or a stand-in for it
@@ -93,7 +121,8 @@ def _edm(scheduler: Any) -> NetworkScalings:
     """Return EDM's scalings; diffusers' v differs from its epsilon in the sign of the output."""
     config = scheduler.config
     check_choice(config.prediction_type, ("epsilon", "v_prediction"), f"{type(scheduler).__name__}'s prediction_type")
-    return _EDMScalings(config.sigma_data, sign=1 if config.prediction_type == "epsilon" else -1)
+    scalings = EDMPreconditioning(config.sigma_data)
+    return scalings if config.prediction_type == "epsilon" else _Negated(scalings)
 
 
 def _flow(scheduler: Any) -> NetworkScalings:
@@ -102,11 +131,6 @@ def _flow(scheduler: Any) -> NetworkScalings:
     data_at = 1 if getattr(config, "invert_sigmas", False) else 0
     schedule = RectifiedFlowSchedule(data_at, time_scale=float(config.num_train_timesteps))
     return PredictionScalings("velocity", schedule)
-
-
-def _consistency(scheduler: Any) -> NetworkScalings:
-    """Return the scalings of a consistency model."""
-    return _ConsistencyScalings(scheduler.config.sigma_data, scheduler.config.sigma_min)
 
 
 _SCALINGS: dict[str, Callable[[Any], NetworkScalings]] = {
@@ -125,31 +149,5 @@ _SCALINGS: dict[str, Callable[[Any], NetworkScalings]] = {
     "EDMDPMSolverMultistepScheduler": _edm,
     "FlowMatchEulerDiscreteScheduler": _flow,
     "FlowMatchHeunDiscreteScheduler": _flow,
-    "CMStochasticIterativeScheduler": _consistency,
+    "CMStochasticIterativeScheduler": _ConsistencyScalings,
 }
-
-
-@dataclass(frozen=True)
-class _EDMScalings:
-    """EDM's denoiser around a network of either sign, told ln(t) / 4."""
-
-    sigma_data: float
-    sign: int
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        total = t**2 + self.sigma_data**2
-        c_in = total.rsqrt()
-        return self.sigma_data**2 / total, self.sign * t * self.sigma_data * c_in, c_in, t.log() / 4
-
-
-@dataclass(frozen=True)
-class _ConsistencyScalings:
-    """A consistency model that returns x itself at ``sigma_min``, told 250 ln(t + 1e-44)."""
-
-    sigma_data: float
-    sigma_min: float
-
-    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        c_in = (t**2 + self.sigma_data**2).rsqrt()
-        c_skip = self.sigma_data**2 / ((t - self.sigma_min) ** 2 + self.sigma_data**2)
-        return c_skip, (t - self.sigma_min) * self.sigma_data * c_in, c_in, 250 * (t + 1e-44).log()

@@ -86,20 +86,20 @@ def test_agrees_with_the_exact_flow(form: str, jump: tuple[float, float]) -> Non
     t, s = jump
     c_skip, c_out = (s / t, 1 - s / t) if form == "CTM" else SMALL.jump(t, s, float(form == "backward"))
     gap = consistency_gap(SMALL.denoiser(), preconditionings(SMALL)[form], typical(SMALL, t), t, s)
-    # the solver's error in D* with 48 steps: at most 1.2e-5, measured, for 80 to 5
+    # the solver's error in D* is at most 4e-9, measured, for 80 to 5; the analytic coefficients' is the larger
     assert [g.item() for g in gap] == pytest.approx(closed_form(SMALL, t, s, c_skip, c_out), rel=1e-4, abs=2e-5)
 
 
-def test_third_order_in_the_number_of_steps() -> None:
-    t, s = 5.0, 1.0
+def test_fifth_order_in_the_number_of_steps() -> None:
+    t, s = 80.0, 1.0  # far enough for errors above rounding
     exact = closed_form(SMALL, t, s, s / t, 1 - s / t)[0]
-    steps = np.array([8, 16, 32, 64])
+    steps = np.array([4, 8, 16, 32])
     errors = [
         abs(consistency_gap(SMALL.denoiser(), CTM, typical(SMALL, t), t, s, num_steps=n).start.item() - exact)
         for n in steps.tolist()
     ]
     order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
-    assert order == pytest.approx(3.0, abs=0.2)
+    assert order > 5.0 - 0.2  # 6.1 measured: the method's fifth-order error is small
 
 
 @settings(max_examples=30)
@@ -112,7 +112,7 @@ def test_closed_form_for_any_gaussian(variances: list[float], t: float, ratio: f
     problem, s = Gaussian(tuple(variances)), ratio * t
     gap = consistency_gap(problem.denoiser(), CTM, typical(problem, t), t, s)
     expected = closed_form(problem, t, s, s / t, 1 - s / t)
-    size = math.sqrt(max(variances))  # of D; jumps of 20 in t cost the solver four digits
+    size = math.sqrt(max(variances))  # of D; jumps of 20 in t cost the solver digits
     assert [g.item() for g in gap] == pytest.approx(expected, rel=1e-2, abs=1e-4 * size)
 
 
@@ -163,7 +163,7 @@ def test_images_in_half_precision_conditions_and_the_teachers_dtype() -> None:
 def test_teacher_evaluations_are_as_documented() -> None:
     teacher = Counter(SMALL.denoiser())
     consistency_gap(teacher, CTM, typical(SMALL, 2.0).expand(5, -1), 2.0, 1.0, num_steps=4)
-    assert teacher.evaluations == 5 * (3 * 4 + 2)
+    assert teacher.evaluations == 5 * (3 * 4 + 1)
 
 
 @pytest.mark.gpu
@@ -244,7 +244,7 @@ def test_map_costs_what_is_documented_and_takes_conditions() -> None:
             progress=False,
             scale=torch.ones(3, 1),
         )
-    assert teacher.evaluations == 3 * (6 * 7 + 3)
+    assert teacher.evaluations == 3 * (6 * 6 + 3)
 
 
 # bad input

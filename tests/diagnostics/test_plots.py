@@ -309,7 +309,7 @@ def test_no_settings_change(stats: ap.TeacherStatistics, table: ap.AnalyticPreco
 def test_no_pyplot_and_no_matplotlib_until_needed(tmp_path: Path) -> None:
     program = (
         "import sys, analytic_precond as ap\n"
-        "from analytic_precond.plotting import plot_preconditioning\n"
+        "from analytic_precond.diagnostics.plots import plot_preconditioning\n"
         "assert 'matplotlib' not in sys.modules\n"
         "plot_preconditioning(ap.CTMPreconditioning()).savefig(sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"

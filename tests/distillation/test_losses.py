@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import analytic_precond as ap
+from analytic_precond.distillation.denoising import denoising_loss
 from analytic_precond.distillation.distances import pseudo_huber, squared_error
 from analytic_precond.distillation.jump_times import (
     JumpTimes,
@@ -24,11 +25,7 @@ from analytic_precond.distillation.jump_times import (
     sample_adjacent_times,
     sample_jump_times,
 )
-from analytic_precond.distillation.losses import (
-    consistency_distillation_loss,
-    denoising_loss,
-    trajectory_distillation_loss,
-)
+from analytic_precond.distillation.losses import consistency_distillation_loss, trajectory_distillation_loss
 from analytic_precond.students.weights import exponential_moving_average
 
 VARIANCES = torch.tensor([4.0, 1.0, 0.25, 0.05], dtype=torch.float64)

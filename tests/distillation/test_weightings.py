@@ -23,15 +23,6 @@ USES = {
     "uniform_g": "ts",
     "sq-t-inverse": "t",
 }
-SAME = {
-    "karras_weight": "karras",
-    "one": "uniform",
-    "sigma_sq": "snr",
-    "c_out": "inverse-c_out",
-    "c_out_sq": "karras",
-    "default": "inverse-step",
-    "sqrt": "inverse-root-step",
-}
 LEVELS = ap.log_noise_levels(60)  # from 80 to 0.002
 U, S = 0.75 * LEVELS, 0.125 * LEVELS
 
@@ -57,13 +48,7 @@ def test_values_by_hand(name: str) -> None:
     for (*levels, sigma_data), expected in zip(CASES, BY_HAND[name], strict=True):
         weight = WEIGHTINGS[name](*torch.tensor(levels, dtype=torch.float64)[:, None], sigma_data)
         assert weight.item() == pytest.approx(expected, rel=1e-14)  # a few roundings
-    assert set(BY_HAND) | set(SAME) == set(WEIGHTINGS)
-    assert set(BY_HAND) == set(USES)
-
-
-def test_published_names_mean_the_same() -> None:
-    for other, name in SAME.items():
-        assert WEIGHTINGS[other] is WEIGHTINGS[name]
+    assert set(BY_HAND) == set(USES) == set(WEIGHTINGS)
 
 
 @pytest.mark.parametrize("sigma_data", [0.5, 1.0, 66.6])

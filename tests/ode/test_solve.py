@@ -204,6 +204,30 @@ class TestBoth:
             bound = lambda x, t, i=i: Teacher()(x, t, label[i].expand(len(x)), shared)  # noqa: E731
             torch.testing.assert_close(result[i], solve(bound, self.x)[i], rtol=1e-12, atol=1e-12)
 
+    def test_nested_conditions_follow_their_samples(self, solve: Callable[..., Tensor]) -> None:
+        """In dicts, tuples, lists and arrays, beside what is common to all."""
+
+        def teacher(x: Tensor, t: Tensor, cond: dict[str, Any], names: list[str], scale: np.ndarray) -> Tensor:
+            label, (common, shift) = cond["label"], cond["pair"]
+            assert len(label) == len(names) == len(scale) == len(shift) == len(x)
+            assert common.shape == (3,)
+            number = label + shift + torch.tensor([float(name) for name in names])
+            return Teacher()(x, t, number, common * torch.from_numpy(scale)[:, None, None])
+
+        def conditions(rows: slice) -> dict[str, Any]:
+            label, shift = f64(3, -1, 2, 5), f64(0.1, 0.2, 0.3, 0.4)
+            cond = {"label": label[rows], "pair": (f64(1.0, 0.5, 0.25), shift[rows])}
+            return {"cond": cond, "names": ["6", "7", "8", "9"][rows], "scale": np.array([1.0, 2.0, 0.5, 0.25])[rows]}
+
+        result = solve(teacher, self.x, **conditions(slice(0, 4)))
+        for i in range(4):
+
+            def bound(x: Tensor, t: Tensor, i: int = i) -> Tensor:
+                own = conditions(slice(i, i + 1))
+                return torch.cat([teacher(x[k : k + 1], t[k : k + 1], **own) for k in range(len(x))])
+
+            torch.testing.assert_close(result[i], solve(bound, self.x)[i], rtol=1e-12, atol=1e-12)
+
     def test_guided(self, solve: Callable[..., Tensor]) -> None:
         label = torch.tensor([3, -1, 2, 5])
         result = solve(ap.guide(Teacher(), Teacher(), 2.0), self.x, label=label)
