@@ -185,7 +185,7 @@ def gap_map(
                 for p, precond in enumerate(preconditionings.values()):
                     required = precond.required_output(x_t, x_s, t, grid[j])
                     asked_x, asked_t = precond.query(x_t, t, grid[j])
-                    denoised = denoised_t if asked_t is t else _denoise(velocity, asked_x, asked_t)
+                    denoised = _denoise(velocity, asked_x, asked_t) if precond.told_lower_level else denoised_t
                     start[p, i, j] = rms(required - denoised)
                     target[p, i, j] = rms(required - denoised_s)
                 bar.update()

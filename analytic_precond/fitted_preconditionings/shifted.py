@@ -59,6 +59,8 @@ class ShiftedPreconditioning(FittedPreconditioning):
         tensor([[0.6325]])
     """
 
+    told_lower_level = True
+
     def __init__(self, table: JumpTable, header: FitHeader, sigma_data: float, shift: SplineTable) -> None:
         super().__init__(table, header, sigma_data)
         self.shift = shift

@@ -11,7 +11,6 @@ from .._checks import check_choice, check_finite, check_levels, check_tensor
 from ..interpolation import splines
 from ..interpolation.element_table import ElementTable, element_name
 from ..interpolation.splines import Array
-from ..noise_levels.per_sample import per_sample
 from ..statistics.remainder import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
 from .analytic import euler_step_scalings, theta_of
@@ -164,6 +163,8 @@ class PerElementPreconditioning(Preconditioning):
         """The coefficients' shape at one pair of levels: a sample's, with 1 where all share a coefficient."""
         return self.integrals.shape
 
+    coefficient_shape = shape
+
     @property
     def sigma_max(self) -> float:
         """The noisiest level of the statistics."""
@@ -175,56 +176,11 @@ class PerElementPreconditioning(Preconditioning):
         return self.integrals.sigma_min
 
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the elements' coefficients for valid levels. Shape ``(n, *t.shape)``."""
-        c_skip, c_out = euler_step_scalings(self.integrals(t, s), self.theta)
-        return Scalings(c_skip.movedim(-1, 0), c_out.movedim(-1, 0))
-
-    def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Return ``x_s = c_skip x_t + c_out denoised``, element by element.
-
-        Args:
-            x_t: Noisy data at level ``t``. Shape ``(B, *sample_shape)``.
-            denoised: The denoiser's output. Shape of ``x_t``.
-            t: Noise levels to start from. Shape ``(B,)``, or one for all.
-            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
-
-        Returns:
-            The data at level ``s``, in the wider of the two tensors' dtypes. Shape of ``x_t``.
-
-        Raises:
-            TypeError: If an argument is not a floating-point tensor.
-            ValueError: If the shapes do not fit.
-        """
-        self._check_sample(x_t)
-        return super().jump(x_t, denoised, per_sample(t, x_t, "t"), per_sample(s, x_t, "s"))
-
-    def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Return the denoiser output with which the jump lands on ``x_s``: the inverse of `jump`.
-
-        Args:
-            x_t: Noisy data at level ``t``. Shape ``(B, *sample_shape)``.
-            x_s: Where the jump is to land. Shape of ``x_t``.
-            t: Noise levels to start from. Shape ``(B,)``, or one for all.
-            s: Noise levels to reach, below ``t``. Shape ``(B,)``, or one for all.
-
-        Returns:
-            The output, computed and returned in float64 (float32 where a device has none). Shape of ``x_t``. Off the
-            CPU, where s = t is not looked for, such samples are NaN.
-
-        Raises:
-            TypeError: If an argument is not a floating-point tensor.
-            ValueError: If the shapes do not fit, or s = t, where the jump ignores the denoiser.
-        """
-        self._check_sample(x_t)
-        return super().required_output(x_t, x_s, per_sample(t, x_t, "t"), per_sample(s, x_t, "s"))
-
-    def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
-        """Return the coefficients in the widest dtype, after all checks. Shape ``(*levels, *shape)``."""
-        c_skip, c_out = super()._wide(t, s, device)
-        return Scalings(*(c.movedim(0, -1).reshape((*c.shape[1:], *self.shape)) for c in (c_skip, c_out)))
+        """Return the elements' coefficients for valid levels. Shape ``(*t.shape, *shape)``."""
+        scalings = euler_step_scalings(self.integrals(t, s), self.theta)
+        return Scalings(*(c.reshape((*t.shape, *self.shape)) for c in scalings))
 
     def _check_sample(self, x_t: Tensor) -> None:
-        check_tensor(x_t, "x_t")
         if not self._fits(x_t.shape[1:]):
             expected = ", ".join(["B", *("any" if size is None else str(size) for size in self.sample_shape)])
             advice = (

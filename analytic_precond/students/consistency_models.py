@@ -58,8 +58,7 @@ class Student(nn.Module):
                 f"noise_conditioning must be a function of the noise level, got {noise_conditioning!r}: for example "
                 f"NOISE_CONDITIONINGS['cm']."
             )
-        told = type(precond).network_level is not Preconditioning.network_level
-        if told and precond.sigma_data != sigma_data:
+        if precond.told_lower_level and precond.sigma_data != sigma_data:
             raise ValueError(
                 f"sigma_data must be {precond.sigma_data:g}, the preconditioning's, which scales the input by "
                 f"it, got {sigma_data:g}: fit it again with the student's."
