@@ -64,6 +64,8 @@ class IntegralTable(TableModule):
         ValueError: If ln(L S) falls so far that the running integral would lose its digits, or is too steep for it.
     """
 
+    shape = ()  # of one pair of functions
+
     polynomials: Tensor
     running: Tensor
     ends: Tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._checks import all_true, check_positive, check_tensor
 from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
-from ..noise_levels.per_sample import check_noise_level, expand_to
+from ..noise_levels.per_sample import expand_to, one_per_sample
 
 ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
 
@@ -146,8 +146,8 @@ class Preconditioning(FixedPrecisionModule):
         if not self.told_lower_level:
             return x_t, level
         q = self.network_level(level, s)
-        level = place(level, x_t.device, level.dtype)
-        return (expand_to(input_scale(level, q, self.sigma_data), x_t) * x_t).to(x_t.dtype), q
+        scale = input_scale(place(level, x_t.device, level.dtype), q, self.sigma_data)
+        return (expand_to(scale, x_t).to(torch.promote_types(x_t.dtype, torch.float32)) * x_t).to(x_t.dtype), q
 
     def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
         """Return ``x_s = c_skip x_t + c_out denoised``.
@@ -228,58 +228,42 @@ class Preconditioning(FixedPrecisionModule):
 
     def _for_batch(self, x: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return the coefficients in the widest dtype of x's device, shaped to multiply what `_to_modes` makes of x."""
-        t, s = (self._for_sample(level, x, name) for level, name in ((t, "t"), (s, "s")))
-        return self._wide(t, s, x.device)
-
-    def _for_sample(self, level: Tensor | float, x: Tensor, name: str) -> Tensor | float:
-        """Return checked levels of one per sample, or for all, in a shape that `coefficient_shape` completes to x's."""
-        if not isinstance(level, Tensor):
-            return level
-        check_noise_level(level, x, name)
-        level = expand_to(level, x)
-        if not self.coefficient_shape:
-            return level
-        if level.shape[1:].numel() != 1:
-            raise ValueError(f"{name} must hold one noise level per sample, got shape {tuple(level.shape)}.")
-        return level.flatten()
+        scalings = self._wide(one_per_sample(t, x, "t"), one_per_sample(s, x, "s"))
+        return scalings if self.coefficient_shape else Scalings(*(expand_to(c, x) for c in scalings))
 
     def _per_jump(self, values: Tensor) -> Tensor:
         """Return values of the levels' shape, or one that broadcasts to it, shaped to multiply coefficients."""
         return values.reshape((*values.shape, *[1] * len(self.coefficient_shape)))
 
-    def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
-        """Return the coefficients in the widest dtype that the device has, after all checks."""
-        t, s, valid = self._levels(t, s, device)
+    def _wide(self, t: Tensor | float, s: Tensor | float) -> Scalings:
+        """Return the coefficients in the widest dtype that the levels' device has, after all checks."""
+        t, s, valid = self._levels(t, s)
         coefficients = self.coefficients(t, s)
         if valid is None:
             return coefficients
         return Scalings(*(torch.where(self._per_jump(valid), c, torch.nan) for c in coefficients))
 
-    def _levels(
-        self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the levels in that dtype and of one shape, and which are valid where that could not be checked."""
+        device = None
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):
                 check_tensor(level, name)
-                device = level.device if device is None else device
+                device = device or level.device
             elif not isinstance(level, float):
                 raise TypeError(
                     f"{name} must be a noise level (float or floating-point tensor), got {level!r} "
                     f"({type(level).__name__}): write 80.0, or look an index up in a grid."
                 )
-        if device is None:
-            device = self._device
-        dtype = wide_dtype(device)
-        t, s = (place(level, device, dtype) for level in (t, s))
+        wide = [place(level, device or self._device, torch.float64) for level in (t, s)]
         try:
-            shape = torch.broadcast_shapes(t.shape, s.shape)
+            here, there = torch.broadcast_tensors(*wide)
         except RuntimeError as error:
-            raise ValueError(f"t and s must broadcast, got shapes {tuple(t.shape)} and {tuple(s.shape)}.") from error
-        t, s = t.expand(shape), s.expand(shape)
+            shapes = " and ".join(str(tuple(level.shape)) for level in wide)
+            raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
         low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
-        valid = (s <= t * (1 + ROUNDING)) & (s >= low) & (t <= high) & (t > 0)
-        return t, s, None if self._refuse(t, s, valid) else valid
+        valid = (there <= here * (1 + ROUNDING)) & (there >= low) & (here <= high) & (here > 0)
+        return here, there, None if self._refuse(here, there, valid) else valid
 
     def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
         """Raise for the first jump that is not valid; return whether the values could be read."""

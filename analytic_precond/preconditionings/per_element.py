@@ -9,12 +9,11 @@ from torch import Tensor
 
 from .._checks import check_choice, check_finite, check_levels, check_tensor
 from ..interpolation import splines
-from ..interpolation.element_table import ElementTable, element_name
+from ..interpolation.element_table import ElementTable
 from ..interpolation.splines import Array
 from ..statistics.remainder import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
-from .analytic import euler_step_scalings, theta_of
-from .base import Preconditioning, Scalings
+from .analytic import EulerStepPreconditioning, check_statistics, theta_of
 
 _NOISE = "noise of few samples, or of a teacher's half precision: take more samples, a teacher in float32, or"
 
@@ -23,7 +22,7 @@ _ADVICE = {"element": f"{_NOISE} per='channel'.", "channel": f"{_NOISE} Analytic
 _ADVICE_ON_TABLES = "check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
 
 
-class PerElementPreconditioning(Preconditioning):
+class PerElementPreconditioning(EulerStepPreconditioning):
     r"""`AnalyticPreconditioning` with $l_{t,i}$ and $S_{t,i}$ of each element i of a sample, or of each channel.
 
     $$x_{s,i} = c_{skip,i}(t, s)\, x_{t,i} + c_{out,i}(t, s)\, D_i(x_t, t)$$
@@ -59,8 +58,6 @@ class PerElementPreconditioning(Preconditioning):
         tensor([[0.7906, 0.5281]])
     """
 
-    theta: Tensor
-
     def __init__(
         self,
         statistics: TeacherStatistics,
@@ -70,11 +67,7 @@ class PerElementPreconditioning(Preconditioning):
         theta: float | None = None,
         sigma_data: float = 0.5,
     ) -> None:
-        if not isinstance(statistics, TeacherStatistics):
-            raise TypeError(
-                f"statistics must be TeacherStatistics, got {type(statistics).__name__}: load a file with "
-                f"TeacherStatistics.load, or use PerElementPreconditioning.from_coefficients(levels, l, s)."
-            )
+        check_statistics(statistics, type(self))
         check_choice(per, ("element", "channel"), "per")
         elements = statistics.elements
         if elements is None:
@@ -152,33 +145,13 @@ class PerElementPreconditioning(Preconditioning):
     def _build(
         self, table: ElementTable, sample_shape: tuple[int | None, ...], theta: float, sigma_data: float, advice: str
     ) -> None:
-        super().__init__(sigma_data)
+        super().__init__(table, theta, sigma_data, table.edges[0, 1:, None], advice)
         self.sample_shape = sample_shape  # None for any size
-        self.integrals = table
-        self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64, device="cpu"))
-        self._check_denominator(advice)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The coefficients' shape at one pair of levels: a sample's, with 1 where all share a coefficient."""
-        return self.integrals.shape
-
-    coefficient_shape = shape
-
-    @property
-    def sigma_max(self) -> float:
-        """The noisiest level of the statistics."""
-        return self.integrals.sigma_max
-
-    @property
-    def sigma_min(self) -> float:
-        """The cleanest level of the statistics."""
-        return self.integrals.sigma_min
-
-    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the elements' coefficients for valid levels. Shape ``(*t.shape, *shape)``."""
-        scalings = euler_step_scalings(self.integrals(t, s), self.theta)
-        return Scalings(*(c.reshape((*t.shape, *self.shape)) for c in scalings))
+        return self.coefficient_shape
 
     def _check_sample(self, x_t: Tensor) -> None:
         if not self._fits(x_t.shape[1:]):
@@ -193,19 +166,6 @@ class PerElementPreconditioning(Preconditioning):
     def _fits(self, shape: tuple[int, ...]) -> bool:
         own = self.sample_shape
         return len(own) == len(shape) and all(n in (None, m) for n, m in zip(own, shape, strict=True))
-
-    def _check_denominator(self, advice: str) -> None:
-        """Refuse coefficients with a vanishing denominator; r grows with t, so the longest jumps tell."""
-        for s in self.integrals.edges[0, 1:]:
-            _, l_s, _, _, r = self.integrals(torch.full_like(s, self.sigma_max), s)
-            denominator = 1 + self.theta * l_s * r
-            if not bool((denominator > 0).all()):
-                worst = int(denominator.argmin())
-                raise ValueError(
-                    f"l must keep the denominator 1 + theta l_s r positive, got {denominator[worst].item():.4g} in "
-                    f"{element_name(worst, self.shape)} for the jump from {self.sigma_max:g} to {s.item():.6g}, where "
-                    f"l = {l_s[worst].item():.4g}: {advice}"
-                )
 
 
 def _rows(values: Tensor) -> Array:
