@@ -25,6 +25,8 @@ class SplineTable(TableModule):
             faster where functions are many.
     """
 
+    ends_in = "levels"
+
     levels: Tensor
     knots: Tensor
     basis: Tensor
@@ -55,10 +57,6 @@ class SplineTable(TableModule):
         along_s = spline(levels, values).c  # scipy puts the interpolated axis first: (K_s, F, K_t)
         along_t: Array = spline(levels, along_s).c  # (K_t, K_s, F)
         return along_t
-
-    def mirror_ends(self) -> None:
-        """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
-        self.sigma_max, self.sigma_min = float(self.levels[0]), float(self.levels[-1])
 
     def narrowed(self) -> dict[str, Tensor]:
         """Return rounded tables, polynomials about the cells' middles, and the levels where cells begin as high + low.

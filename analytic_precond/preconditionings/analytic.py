@@ -5,8 +5,6 @@ A table holds the integrals of l and s between any two levels; a jump is an Eule
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -14,7 +12,7 @@ from torch import Tensor
 from .._checks import check_choice, check_finite, check_levels, check_tensor
 from ..interpolation import splines
 from ..interpolation.element_table import ElementTable, element_name
-from ..interpolation.integral_table import IntegralTable
+from ..interpolation.integral_table import Function, IntegralTable
 from ..interpolation.splines import Array
 from ..statistics.remainder import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
@@ -64,11 +62,11 @@ class EulerStepPreconditioning(Preconditioning):
 
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels (docs/method.md, section 3)."""
+        shape = (*t.shape, *self.coefficient_shape)
         l_t, l_s, L_ratio, S_ratio, r = self.integrals(t, s)
         implicit, explicit = self.theta, (1 - self.theta) * S_ratio
         denominator = 1 + implicit * l_s * r
         c_skip, c_out = (L_ratio - explicit * l_t * r) / denominator, (explicit + implicit) * r / denominator
-        shape = (*t.shape, *self.coefficient_shape)
         return Scalings(c_skip.reshape(shape), c_out.reshape(shape))
 
     def _check_denominator(self, targets: Tensor, advice: str) -> None:
@@ -131,7 +129,7 @@ class AnalyticPreconditioning(EulerStepPreconditioning):
         theta = theta_of(discretization, theta)
         levels, l = statistics.levels.numpy(), statistics.l.numpy()
         ln_S = log_scale_spline(levels, statistics.g_rms.numpy(), statistics.s.numpy(), statistics.header.s_method)
-        self._build(levels, l, ln_S, theta, sigma_data)
+        self._build(levels, splines.linear_coefficient(levels, l), ln_S, theta, sigma_data)
 
     @classmethod
     def from_coefficients(
@@ -172,12 +170,13 @@ class AnalyticPreconditioning(EulerStepPreconditioning):
         theta = theta_of(discretization, theta)
         sigma, l_table, s_table = (v.detach().cpu().double().numpy() for v in (levels, l, s))
         self = cls.__new__(cls)
-        self._build(sigma, l_table, splines.spline(sigma, s_table).antiderivative(), theta, sigma_data)
+        l_at, ln_S = splines.linear_coefficient(sigma, l_table), splines.spline(sigma, s_table).antiderivative()
+        self._build(sigma, l_at, ln_S, theta, sigma_data)
         return self
 
-    def _build(self, levels: Array, l: Array, ln_S: Any, theta: float, sigma_data: float) -> None:
+    def _build(self, levels: Array, l: Function, ln_S: Function, theta: float, sigma_data: float) -> None:
         sigma_max, sigma_min = float(levels[0]), float(levels[-1])
-        table = IntegralTable(sigma_max, sigma_min, splines.linear_coefficient(levels, l), ln_S)
+        table = IntegralTable(sigma_max, sigma_min, l, ln_S)
         targets = np.unique(np.concatenate([levels, np.geomspace(sigma_min, sigma_max, 2048)])).clip(
             sigma_min, sigma_max
         )

@@ -263,18 +263,14 @@ class Preconditioning(FixedPrecisionModule):
             raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
         low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
         valid = (there <= here * (1 + ROUNDING)) & (there >= low) & (here <= high) & (here > 0)
-        return here, there, None if self._refuse(here, there, valid) else valid
-
-    def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
-        """Raise for the first jump that is not valid; return whether the values could be read."""
         all_valid = all_true(valid)
         if all_valid is False:
             index = int((~valid).flatten().nonzero()[0])
-            t_bad, s_bad = t.flatten()[index].item(), s.flatten()[index].item()
+            t_bad, s_bad = here.flatten()[index].item(), there.flatten()[index].item()
             inside = self.sigma_min <= s_bad and t_bad <= self.sigma_max
             advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
             raise ValueError(
                 f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
                 f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."
             )
-        return all_valid is True
+        return here, there, None if all_valid else valid

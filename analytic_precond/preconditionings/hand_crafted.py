@@ -153,17 +153,16 @@ class CMPreconditioning(Preconditioning):
     def _reached(self, s: Tensor) -> Tensor:
         return (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
 
-    def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
+    def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None]:
         """Refuse other targets too."""
-        if not super()._refuse(t, s, valid):
-            return False
-        if not bool(self._reached(s).all()):
+        t, s, valid = super()._levels(t, s)
+        if valid is None and not bool(self._reached(s).all()):
             index = int((~self._reached(s)).flatten().nonzero()[0])
             raise ValueError(
                 f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got s = "
                 f"{s.flatten()[index].item():.9g} at position {index}: leave s out, or take CTMPreconditioning."
             )
-        return True
+        return t, s, valid
 
 
 class _OwnNetwork(Preconditioning):
