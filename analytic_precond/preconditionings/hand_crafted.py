@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_positive
+from .._checks import check_choice, check_not_negative, check_positive
 from .._precision import place, wide_dtype
 from .base import ROUNDING, Preconditioning, Scalings
 
@@ -113,7 +113,8 @@ class CMPreconditioning(Preconditioning):
 
     def __init__(self, sigma_data: float = 0.5, sigma_min: float = 0.002) -> None:
         super().__init__(sigma_data)
-        self._sigma_min = _check_shift(sigma_min)
+        check_not_negative(sigma_min, "sigma_min")
+        self._sigma_min = float(sigma_min)
 
     @property
     def sigma_min(self) -> float:
@@ -272,9 +273,3 @@ class LCMPreconditioning:
         total = scaled**2 + self.sigma_data**2
         scalings = (self.sigma_data**2 / total, scaled / total.sqrt())
         return Scalings(*(c.to(torch.promote_types(timestep.dtype, torch.float32)) for c in scalings))
-
-
-def _check_shift(sigma_min: float) -> float:
-    if isinstance(sigma_min, bool) or sigma_min != 0:
-        check_positive(sigma_min, "sigma_min")
-    return float(sigma_min)

@@ -39,7 +39,7 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
     ``scheduler_config.json``. Nothing is clipped.
 
     A saved pipeline names this module. Newer diffusers loads it only where it has been imported:
-    ``import analytic_precond.diffusers_scheduler`` before ``from_pretrained``.
+    ``import analytic_precond.sampling.diffusers_scheduler`` before ``from_pretrained``.
 
     Args:
         levels: Noise levels, noisiest first. The pipeline starts from the first.

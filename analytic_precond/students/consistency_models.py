@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import all_true, check_positive
+from .._checks import all_true, check_not_negative
 from .._precision import network_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning
 from ..noise_levels.per_sample import expand_to, one_per_sample
@@ -177,8 +177,7 @@ class ConsistencyModel(Student):
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
         super().__init__(network, precond, sigma_data, noise_conditioning)
-        if sigma_min != 0:  # which ECT's training jumps reach
-            check_positive(sigma_min, "sigma_min")
+        check_not_negative(sigma_min, "sigma_min")  # 0 is what ECT's training jumps reach
         self.sigma_min = float(sigma_min)
 
     def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
