@@ -19,7 +19,7 @@ from .._precision import TableModule
 from . import splines
 from .float32_integrals import gauss_mean, jump_pieces
 from .integral_table import MAX_FALL, MAX_SPAN, PairIntegrals, running_sum
-from .spline_table import local_basis, recentred
+from .spline_table import local_basis, local_weights, recentred
 from .splines import Array
 
 _PER_LAMBDA = 12
@@ -134,7 +134,7 @@ class ElementTable(TableModule):
 
         # 2. l and ln L at t and s; h there and at Gauss's nodes of the pieces.
         cell = torch.stack([i, j])
-        weights = self._weights(cell, places)
+        weights = local_weights(self.basis[cell], places / self.half_widths[cell] - 1)
         l, ln_L = (self._values(function, cell, weights[:1])[0] for function in (0, 1))
         h = self._values(2, cell, weights)
 
@@ -155,15 +155,6 @@ class ElementTable(TableModule):
             S_ratio=S_ratio.clamp(max=torch.finfo(S_ratio.dtype).max),  # the backward form multiplies it by 0
             r=ends + between * (-at_s).exp(),
         )
-
-    def _weights(self, cell: Tensor, places: Tensor) -> Tensor:
-        """Return the values of a cell's B-splines at distances from its noisy end. Shape ``(*places.shape, 6)``."""
-        v = (places / self.half_widths[cell] - 1)[..., None]
-        coefficients = self.basis[cell]  # (*shape, powers, splines)
-        weight = coefficients[..., 0, :]
-        for power in range(1, self.basis.shape[1]):  # Horner
-            weight = weight * v + coefficients[..., power, :]
-        return weight
 
     def _values(self, function: int, cell: Tensor, weights: Tensor) -> Tensor:
         """Return a function's values: shape ``(*weights.shape[:-1], n)``. Elementwise: equal levels give equal bits."""

@@ -157,8 +157,9 @@ class CMPreconditioning(Preconditioning):
     def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None]:
         """Refuse other targets too."""
         t, s, valid = super()._levels(t, s)
-        if valid is None and not bool(self._reached(s).all()):
-            index = int((~self._reached(s)).flatten().nonzero()[0])
+        other = ~self._reached(s)
+        if valid is None and bool(other.any()):
+            index = int(other.flatten().nonzero()[0])
             raise ValueError(
                 f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got s = "
                 f"{s.flatten()[index].item():.9g} at position {index}: leave s out, or take CTMPreconditioning."

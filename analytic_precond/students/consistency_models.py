@@ -25,18 +25,7 @@ NoiseConditioning = Callable[[Tensor], Tensor]
 
 
 class Student(nn.Module):
-    """What all students share: the denoiser around the network.
-
-    Args:
-        network: The raw network F.
-        precond: The jump's preconditioning on the denoiser.
-        sigma_data: Standard deviation of the data.
-        noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If ``sigma_data`` is not positive.
-    """
+    """What all students share: the denoiser around the network."""
 
     def __init__(
         self,
