@@ -87,6 +87,12 @@ def check_positive(value: object, name: str) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}.")
 
 
+def check_not_negative(value: object, name: str) -> None:
+    """Refuse anything but 0 or a finite positive number."""
+    if isinstance(value, bool) or value != 0:
+        check_positive(value, name)
+
+
 def check_range(sigma_min: object, sigma_max: object) -> None:
     """Refuse anything but two positive noise levels, the smaller first."""
     check_positive(sigma_min, "sigma_min")

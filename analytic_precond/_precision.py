@@ -1,8 +1,7 @@
-r"""Modules whose numbers keep their precision."""
+"""What devices compute in: the widest dtype, numbers placed on a device, modules whose numbers keep their precision."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -108,9 +107,15 @@ class FixedPrecisionModule(nn.Module):
 class TableModule(FixedPrecisionModule):
     """A table of a range of noise levels, whose ends Python knows too; a checkpoint that was cast is refused."""
 
-    @abstractmethod
+    ends_in: str
+    """The buffer whose first row, or which itself, runs from sigma_max to sigma_min."""
+
     def mirror_ends(self) -> None:
         """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
+        levels = self._buffers[self.ends_in]
+        assert levels is not None
+        first, *_, last = levels.reshape(-1, levels.shape[-1])[0].tolist()
+        self.sigma_max, self.sigma_min = float(first), float(last)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,

@@ -221,8 +221,10 @@ def teacher_trajectory(velocity: Velocity, x: Tensor, levels: Sequence[Tensor], 
 def _gaps(velocity: Velocity, precond: Preconditioning, start: Point, end: Point) -> tuple[Tensor, Tensor]:
     """Return what a jump between two points of a trajectory requires, less what the teacher says at its two ends."""
     required = precond.required_output(start.x, end.x, start.t, end.t)
-    q_x, q = precond.query(start.x, start.t, end.t)
-    said = start.denoised if q is start.t else q_x - expand_to(q, q_x) * velocity(q_x, q)
+    said = start.denoised
+    if precond.told_lower_level:
+        q_x, q = precond.query(start.x, start.t, end.t)
+        said = q_x - expand_to(q, q_x) * velocity(q_x, q)
     return required - said, required - end.denoised
 
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_positive, check_tensor
+from .._checks import check_positive
 from ..data.memory import BatchSize
-from ..noise_levels.per_sample import expand_to, per_sample
 from ..preconditionings.base import Scalings
 from ..teachers.denoiser import Condition, Denoiser
 from .bases import CosineBasis, MatrixBasis, OrthonormalBasis, check_basis, choose_basis, tie_modes
@@ -140,78 +139,38 @@ class PerModePreconditioning(FittedPreconditioning):
         ((modes, groups),) = chosen
         return cls(table, header, sigma_data, modes.cpu(), groups)
 
+    @property
+    def coefficient_shape(self) -> tuple[int, ...]:
+        """The modes' shape."""
+        return self.basis.mode_shape
+
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the groups' coefficients for valid levels. Shape ``(G, *t.shape)``."""
-        return self.table.jumps(t, s)
+        """Return the modes' coefficients for valid levels. Shape ``(*t.shape, *mode_shape)``."""
+        by_group = (c.movedim(0, -1) for c in self.table.jumps(t, s))
+        c_skip, c_out = (c.index_select(-1, self.groups).unflatten(-1, self.basis.mode_shape) for c in by_group)
+        return Scalings(c_skip, c_out)
 
-    def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Return x_s: both arguments transformed, combined, and transformed back.
+    def _to_modes(self, x: Tensor) -> Tensor:
+        return self.basis.to_modes(x)
 
-        Args:
-            x_t: Noisy data at level ``t``. Shape ``(B, *sample_shape)``.
-            denoised: The denoiser's output. Shape of ``x_t``.
-            t: Noise levels to start from. Shape ``(B,)``, or one for all.
-            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
+    def _from_modes(self, modes: Tensor) -> Tensor:
+        return self.basis.from_modes(modes)
 
-        Returns:
-            The data at level ``s``, in the wider of the two tensors' dtypes. Shape of ``x_t``.
-
-        Raises:
-            TypeError: If an argument is not a floating-point tensor.
-            ValueError: If the shapes do not fit.
-        """
-        self._check(x_t, denoised, "denoised")
-        dtype = torch.promote_types(x_t.dtype, denoised.dtype)
-        x, D = (v.to(torch.promote_types(dtype, torch.float32)) for v in (x_t, denoised))
-        groups = super()._wide(per_sample(t, x, "t"), per_sample(s, x, "s"), x.device)
-        # all modes as the first group, and the others' differences: s = t leaves x as it is, to the bit
-        first_skip, first_out = (expand_to(c[0].to(x.dtype), x) for c in groups)
-        own_skip, own_out = (self._by_mode((c - c[0]).to(x.dtype)) for c in groups)
+    def _combine(self, scalings: Scalings, x: Tensor, D: Tensor) -> Tensor:
+        # all modes as the first, and the others' differences: s = t leaves x as it is, to the bit
+        first = [c.flatten(-len(self.coefficient_shape))[..., :1] for c in scalings]
+        own_skip, own_out = ((c - self._per_jump(f[..., 0])).to(x.dtype) for c, f in zip(scalings, first, strict=True))
+        first_skip, first_out = (f.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for f in first)
         with torch.autocast(x.device.type, enabled=False):
             own = own_skip * self.basis.to_modes(x) + own_out * self.basis.to_modes(D)
-            return (first_skip * x + first_out * D + self.basis.from_modes(own)).to(dtype)
+            return first_skip * x + first_out * D + self.basis.from_modes(own)
 
-    def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Return the denoiser output with which the jump lands on ``x_s``: the inverse of `jump`.
-
-        Args:
-            x_t: Noisy data at level ``t``. Shape ``(B, *sample_shape)``.
-            x_s: Where the jump is to land. Shape of ``x_t``.
-            t: Noise levels to start from. Shape ``(B,)``, or one for all.
-            s: Noise levels to reach, below ``t``. Shape ``(B,)``, or one for all.
-
-        Returns:
-            The output, computed and returned in float64 (float32 where a device has none). Shape of ``x_t``. Off the
-            CPU, where s = t is not looked for, such samples are NaN.
-
-        Raises:
-            TypeError: If an argument is not a floating-point tensor.
-            ValueError: If the shapes do not fit, or s = t, where the jump ignores the denoiser.
-        """
-        self._check(x_t, x_s, "x_s")
-        t, s = per_sample(t, x_t, "t"), per_sample(s, x_t, "s")
-        modes_t, modes_s = (self.basis.to_modes(x.to(t.dtype)) for x in (x_t, x_s))
-        return self.basis.from_modes(super().required_output(modes_t, modes_s, t, s))
-
-    def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
-        """Return the modes' coefficients in the widest dtype, after all checks. Shape ``(*levels, *mode_shape)``."""
-        c_skip, c_out = super()._wide(t, s, device)
-        return Scalings(self._by_mode(c_skip), self._by_mode(c_out))
-
-    def _by_mode(self, c: Tensor) -> Tensor:
-        by_mode: Tensor = c.movedim(0, -1).index_select(-1, self.groups).unflatten(-1, self.basis.mode_shape)
-        return by_mode
-
-    def _check(self, x_t: Tensor, other: Tensor, name: str) -> None:
-        check_tensor(x_t, "x_t")
-        check_tensor(other, name)
+    def _check_sample(self, x_t: Tensor) -> None:
         if x_t.shape[1:] != self.basis.sample_shape:
             raise ValueError(
                 f"x_t must hold samples of shape {self.basis.sample_shape}, got x_t of shape {tuple(x_t.shape)}: modes "
                 f"belong to one size, fit another preconditioning for others."
             )
-        if other.shape != x_t.shape:
-            raise ValueError(f"{name} must have x_t's shape {tuple(x_t.shape)}, got {tuple(other.shape)}.")
 
     def _to_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if isinstance(self.basis, CosineBasis):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_levels, check_positive
+from .._precision import place
 from ..data.memory import BatchSize
 from ..interpolation.spline_table import SplineTable
 from ..noise_levels.grids import log_noise_levels
@@ -58,6 +59,8 @@ class ShiftedPreconditioning(FittedPreconditioning):
         >>> precond.jump(x_t, GaussianDenoiser(0.25)(*precond.query(x_t, t, s)), t, s)  # sqrt(0.5 / 1.25)
         tensor([[0.6325]])
     """
+
+    told_lower_level = True
 
     def __init__(self, table: JumpTable, header: FitHeader, sigma_data: float, shift: SplineTable) -> None:
         super().__init__(table, header, sigma_data)
@@ -142,7 +145,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
             Noise levels from ``s`` to ``t``, in the broadcast shape; NaN where levels are out of range.
         """
         dtype = torch.promote_types(t.dtype, s.dtype if isinstance(s, Tensor) else t.dtype)
-        t, s, valid = self._levels(t, s, self._device)
+        t, s, valid = self._levels(place(t, self._device, t.dtype), s)
         rate = self.shift(t, s)[0].clamp(0, 1)
         q = t * (-rate * ((t - s) / s).log1p()).exp()
         return (q if valid is None else torch.where(valid, q, torch.nan)).to(torch.promote_types(dtype, torch.float32))

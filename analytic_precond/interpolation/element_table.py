@@ -18,22 +18,14 @@ from torch import Tensor
 from .._precision import TableModule
 from . import splines
 from .float32_integrals import gauss_mean, jump_pieces
-from .integral_table import PairIntegrals
-from .spline_table import local_basis, recentred
+from .integral_table import MAX_FALL, MAX_SPAN, PairIntegrals, running_sum
+from .spline_table import local_basis, local_weights, recentred
 from .splines import Array
 
 _PER_LAMBDA = 12
-
 _FEWEST = 9  # B-splines: some cells beside the two wide ones at the ends
-
 _GAUSS = np.polynomial.legendre.leggauss(5)
-
-_MAX_FALL = 50.0  # as `integral_table`
-
-_MAX_SPAN = 600.0  # likewise
-
 _MAX_STEP = 2.0  # in a twelfth: Gauss's rule of three points is then good to 1e-5, half as steep to 1e-7
-
 _AT_ONCE = 1024  # elements: splines through 1200 levels then take 10 MB each, not gigabytes
 
 
@@ -53,6 +45,8 @@ class ElementTable(TableModule):
             steep for it.
     """
 
+    ends_in = "edges"
+
     element_shape: Tensor
     edges: Tensor
     half_widths: Tensor
@@ -71,16 +65,21 @@ class ElementTable(TableModule):
         super().__init__()
         self.shape = shape
         sigma_max, sigma_min = float(levels[0]), float(levels[-1])
+        # 1. A grid uniform in lambda, which the splines through the levels are resampled on.
         span = math.log(sigma_max / sigma_min)
         steps = max(_FEWEST, math.ceil(_PER_LAMBDA * span))
         lam = np.linspace(-math.log(sigma_max), -math.log(sigma_min), steps + 1)
         grid, nodes = np.exp(-lam), _gauss_nodes(lam)
 
+        # 2. The cells of B-splines on this grid: they begin at points of it, but not at each of them.
         starts, basis = local_basis(grid)
-        begins = np.abs(lam[:, None] - starts).argmin(0)  # cells begin at points of the grid, not at each of them
+        begins = np.abs(lam[:, None] - starts).argmin(0)
         edges = np.append(grid[begins], sigma_min)
         edges[0] = sigma_max
         half = torch.from_numpy(np.append(np.diff(starts), lam[-1] - starts[-1]) / 2)
+
+        # 3. Of each element the B-splines of l, ln L and h = ln(L S), whose maximum is taken out, and N = the integral
+        # of exp(h) up to each cell as high + low.
         control = np.empty((3, len(grid), len(l)))
         running = np.empty((2, len(begins), len(l)))
         for start in range(0, len(l), _AT_ONCE):
@@ -98,6 +97,7 @@ class ElementTable(TableModule):
             control[..., some] = [splines.spline(grid, v).c for v in (l_at(lam), ln_L)] + [h_spline.c]
             sums = np.stack(_running_integral(np.exp(h_spline(nodes)), lam))
             running[..., some] = sums[..., begins].swapaxes(1, 2)
+
         self.register_buffer("element_shape", torch.tensor(shape, dtype=torch.int64, device="cpu"))
         self.register_buffer("edges", torch.from_numpy(np.stack([edges, np.zeros_like(edges)])))
         self.register_buffer("half_widths", half)
@@ -105,10 +105,6 @@ class ElementTable(TableModule):
         self.register_buffer("control", torch.from_numpy(control))  # function, B-spline, element
         self.register_buffer("running", torch.from_numpy(running))
         self.mirror_ends()
-
-    def mirror_ends(self) -> None:
-        """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
-        self.sigma_max, self.sigma_min = float(self.edges[0, 0]), float(self.edges[0, -1])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         given = state_dict.get(prefix + "element_shape")
@@ -130,21 +126,26 @@ class ElementTable(TableModule):
 
     def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
         """Return the elements' integrals, ``(*t.shape, n)``, for levels of one shape, ``s <= t`` inside the range."""
+        # 1. The cells i of t and j of s, and where the jump's two pieces are in them (`jump_pieces`).
         levels = torch.stack([t, s])
         i, j = (levels.detach()[..., None] <= self.edges[0, 1:-1]).sum(-1)
         i = torch.minimum(i, j)  # where rounding parts neighbours
         places, first, last = jump_pieces(self.edges, i, j, t, s)
+
+        # 2. l and ln L at t and s; h there and at Gauss's nodes of the pieces.
         cell = torch.stack([i, j])
-        weights = self._weights(cell, places)
+        weights = local_weights(self.basis[cell], places / self.half_widths[cell] - 1)
         l, ln_L = (self._values(function, cell, weights[:1])[0] for function in (0, 1))
         h = self._values(2, cell, weights)
 
-        same = (i == j)[..., None]
-        before_s, after_t = (self.running[:, index] for index in (j, torch.minimum(i + 1, j)))
-        between = (before_s[0] - after_t[0]) + (before_s[1] - after_t[1])
+        # 3. r: the pieces by Gauss's rule, and the whole cells between them from the running integral, all over
+        # exp(h) at s. Every term is positive.
         at_s = h[0, 1]
         first_mean, last_mean = gauss_mean((h[1:] - at_s).exp())
-        ends = first[..., None] * first_mean + torch.where(same, 0, last[..., None]) * last_mean
+        ends = first[..., None] * first_mean + torch.where((i == j)[..., None], 0, last[..., None]) * last_mean
+        before_s, after_t = (self.running[:, index] for index in (j, torch.minimum(i + 1, j)))
+        between = (before_s[0] - after_t[0]) + (before_s[1] - after_t[1])
+
         ln_S = h[0] - ln_L
         S_ratio = (ln_S[1] - ln_S[0]).exp()
         return PairIntegrals(
@@ -154,15 +155,6 @@ class ElementTable(TableModule):
             S_ratio=S_ratio.clamp(max=torch.finfo(S_ratio.dtype).max),  # the backward form multiplies it by 0
             r=ends + between * (-at_s).exp(),
         )
-
-    def _weights(self, cell: Tensor, places: Tensor) -> Tensor:
-        """Return the values of a cell's B-splines at distances from its noisy end. Shape ``(*places.shape, 6)``."""
-        v = (places / self.half_widths[cell] - 1)[..., None]
-        coefficients = self.basis[cell]  # (*shape, powers, splines)
-        weight = coefficients[..., 0, :]
-        for power in range(1, self.basis.shape[1]):  # Horner
-            weight = weight * v + coefficients[..., power, :]
-        return weight
 
     def _values(self, function: int, cell: Tensor, weights: Tensor) -> Tensor:
         """Return a function's values: shape ``(*weights.shape[:-1], n)``. Elementwise: equal levels give equal bits."""
@@ -188,25 +180,18 @@ def _running_integral(density: Array, lam: Array) -> tuple[Array, Array]:
 
     The density is given at `_gauss_nodes`, shape ``(n, cells, nodes)``.
     """
-    terms = (density * _GAUSS[1]).sum(-1) * np.diff(lam) / 2
-    high, low = np.zeros((2, len(terms), len(lam)))
-    for k in range(len(lam) - 1):  # Knuth's two-sum
-        total = high[:, k] + terms[:, k]
-        carried = total - high[:, k]
-        high[:, k + 1] = total
-        low[:, k + 1] = low[:, k] + ((high[:, k] - (total - carried)) + (terms[:, k] - carried))
-    return high, low
+    return running_sum((density * _GAUSS[1]).sum(-1) * np.diff(lam) / 2)
 
 
 def _fault(lam: Array, h: Array) -> tuple[int, str] | None:
     """Return an element whose h = ln(L S) the table could not hold, and what it does. Shape ``(n, len(lam))``."""
     fall, span, step = np.maximum.accumulate(h, axis=1) - h, np.ptp(h, axis=1), np.abs(np.diff(h))
-    if not fall.max() <= _MAX_FALL:
+    if not fall.max() <= MAX_FALL:
         element, point = np.unravel_index(fall.argmax(), fall.shape)
         got = f"{fall[element, point]:.4g} down to t = {math.exp(-lam[point]):.6g}"
-        return int(element), f"fall by more than {_MAX_FALL:g} over the levels, got {got}"
-    if not span.max() <= _MAX_SPAN:
-        return int(span.argmax()), f"span more than {_MAX_SPAN:g} over the levels, got {span.max():.4g}"
+        return int(element), f"fall by more than {MAX_FALL:g} over the levels, got {got}"
+    if not span.max() <= MAX_SPAN:
+        return int(span.argmax()), f"span more than {MAX_SPAN:g} over the levels, got {span.max():.4g}"
     if not step.max() <= _MAX_STEP:
         element, point = np.unravel_index(step.argmax(), step.shape)
         got = f"{step[element, point]:.4g} at t = {math.exp(-lam[point]):.6g}"

@@ -23,13 +23,9 @@ from .splines import Array
 Function = Callable[[Array], Array]
 
 _CELLS = 512  # 0.02 in lambda each, for the usual range
-
 _DEGREE = 4  # interpolates exp(h) over a cell to 1e-11
-
-_MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits
-
-_MAX_SPAN = 600.0  # float64 ends at e^709
-
+MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits
+MAX_SPAN = 600.0  # float64 ends at e^709
 _MAX_STEP = 1.0  # in a cell: L S is then interpolated to 4e-5, half as steep to 1e-6
 
 
@@ -64,6 +60,9 @@ class IntegralTable(TableModule):
         ValueError: If ln(L S) falls so far that the running integral would lose its digits, or is too steep for it.
     """
 
+    ends_in = "ends"
+    shape: tuple[int, ...] = ()  # of one pair of functions; an `ElementTable` has its elements'
+
     polynomials: Tensor
     running: Tensor
     ends: Tensor
@@ -73,33 +72,34 @@ class IntegralTable(TableModule):
 
     def __init__(self, sigma_max: float, sigma_min: float, l: Function, ln_S: Function) -> None:
         super().__init__()
+        # 1. Equal cells in lambda, and Chebyshev nodes in [-1, 1], the ends included, so that cells join.
         lam_T, lam_eps = -math.log(sigma_max), -math.log(sigma_min)
         width = (lam_eps - lam_T) / _CELLS
-        nodes = -np.cos(np.pi * np.arange(_DEGREE + 1) / _DEGREE)  # Chebyshev: the ends included, so cells join
+        nodes = -np.cos(np.pi * np.arange(_DEGREE + 1) / _DEGREE)
         lam = lam_T + width * (np.arange(_CELLS)[:, None] + (1 + nodes) / 2)
+        to_coefficients = np.linalg.inv(np.vander(nodes)).T  # of each cell's polynomial, highest power first
 
-        to_coefficients = np.linalg.inv(np.vander(nodes)).T  # highest power first
-
+        # 2. ln L: the integral of 1 - l within a cell, and the cells before it.
         with np.errstate(over="ignore"):  # where a spline of the logit overshoots by hundreds, l is 0 or 1
             l_values = l(lam)
         ln_L = _integrate((1 - l_values) @ to_coefficients, width)
         ln_L[1:, -1] += _values(ln_L, np.ones(1))[:-1, 0].cumsum()
-        h = _values(ln_L, nodes) + ln_S(lam)
-        _check(lam, h, max(np.ptp(h), np.ptp(ln_L[:, -1]), np.ptp(ln_S(lam))))
 
+        # 3. h = ln(L S), whose maximum is taken out: only ratios are ever asked for. N is the integral of exp(h) within
+        # a cell; what all cells before it add is kept beside it, as high + low.
+        ln_S_values = ln_S(lam)
+        h = _values(ln_L, nodes) + ln_S_values
+        _check(lam, h, max(np.ptp(h), np.ptp(ln_L[:, -1]), np.ptp(ln_S_values)))
         N = _integrate(np.exp(h - h.max()) @ to_coefficients, width)
-        l_table, S_table = (np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l_values, ln_S(lam) - h.max()))
-        self.register_buffer(
-            "polynomials", torch.from_numpy(np.stack([l_table, ln_L, S_table, N]).transpose(2, 0, 1).copy())
-        )  # power, function, cell
-        self.register_buffer("running", torch.from_numpy(_running_sum(_values(N, np.ones(1))[:, 0])))
+        high, low = running_sum(_values(N, np.ones(1))[:, 0])
+
+        # 4. One table of (power, function, cell): l and ln S have one degree less than the two integrals.
+        l_table, S_table = (np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l_values, ln_S_values - h.max()))
+        polynomials = np.stack([l_table, ln_L, S_table, N]).transpose(2, 0, 1)
+        self.register_buffer("polynomials", torch.from_numpy(polynomials.copy()))
+        self.register_buffer("running", torch.from_numpy(np.stack([high, low], -1)[:-1]))
         self.register_buffer("ends", torch.tensor([sigma_max, sigma_min], dtype=torch.float64, device="cpu"))
         self.mirror_ends()
-
-    def mirror_ends(self) -> None:
-        """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
-        self.sigma_max, self.sigma_min = float(self.ends[0]), float(self.ends[1])
-        self.cells_per_lambda = _CELLS / math.log(self.sigma_max / self.sigma_min)
 
     def narrowed(self) -> dict[str, Tensor]:
         """Return the tables of another algorithm: this one's differences need float64."""
@@ -107,12 +107,16 @@ class IntegralTable(TableModule):
 
     def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
         """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range."""
+        cells_per_lambda = _CELLS / math.log(self.sigma_max / self.sigma_min)
         if self.narrow_device is not None:
-            return PairIntegrals(*float32_integrals(self.cells, self.edges, self.pairs, self.cells_per_lambda, t, s))
-        position_s = -(s / self.sigma_max).log() * self.cells_per_lambda
-        position_t = position_s - ((t - s) / s).log1p() * self.cells_per_lambda
+            return PairIntegrals(*float32_integrals(self.cells, self.edges, self.pairs, cells_per_lambda, t, s))
+        # 1. Both places in the table, in cells from sigma_max. t's is that of s less their distance, which is computed
+        # from t - s itself: at s = t they have the same bits, and beside it the distance keeps its digits.
+        position_s = -(s / self.sigma_max).log() * cells_per_lambda
+        position_t = position_s - ((t - s) / s).log1p() * cells_per_lambda
         position = torch.stack([position_t, position_s])
 
+        # 2. Each place's cell, and the four polynomials there; v is in [-1, 1].
         cell = position.detach().floor().clamp(0, _CELLS - 1).nan_to_num(0)
         v = 2 * (position - cell) - 1
         index = cell.long()
@@ -121,8 +125,9 @@ class IntegralTable(TableModule):
         for coefficient in coefficients[1:]:  # Horner, elementwise: equal levels give equal bits
             value = value * v + coefficient
         l, ln_L, ln_S, N = value
-        high, low = self.running[index].unbind(-1)
 
+        # 3. Differences and ratios of the two ends: nothing of the size of L or S itself is formed.
+        high, low = self.running[index].unbind(-1)
         delta_N = (high[1] - high[0]) + ((low[1] - low[0]) + (N[1] - N[0]))
         return PairIntegrals(
             l_t=l[0],
@@ -137,10 +142,10 @@ def _check(lam: Array, h: Array, span: float) -> None:
     """Refuse h = ln(L S) that the table could not hold, and name the level. Shapes ``(cells, nodes)``."""
     advice = "check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
     fall = np.maximum.accumulate(h.ravel()) - h.ravel()
-    if not (fall.max() <= _MAX_FALL and span <= _MAX_SPAN):
+    if not (fall.max() <= MAX_FALL and span <= MAX_SPAN):
         raise ValueError(
-            f"l and s must not let ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {fall.max():.4g} down "
-            f"to t = {math.exp(-lam.flat[fall.argmax()]):.6g}, nor it, ln L or ln S span more than {_MAX_SPAN:g}, got "
+            f"l and s must not let ln(L S) fall by more than {MAX_FALL:g} over the levels, got {fall.max():.4g} down "
+            f"to t = {math.exp(-lam.flat[fall.argmax()]):.6g}, nor it, ln L or ln S span more than {MAX_SPAN:g}, got "
             f"{span:.4g}: {advice}"
         )
     step = np.ptp(h, axis=1)
@@ -166,13 +171,15 @@ def _values(polynomials: Array, places: Array) -> Array:
     return values
 
 
-def _running_sum(terms: Array) -> Array:
-    """Return the sums of the terms before each, as unevaluated pairs high + low (Knuth's two-sum). Shape ``(n, 2)``."""
-    result, high, low = [], 0.0, 0.0
-    for term in terms.tolist():
-        result.append((high, low))
-        total = high + term
-        carried = total - high
-        low += (high - (total - carried)) + (term - carried)
-        high = total
-    return np.array(result)
+def running_sum(terms: Array) -> tuple[Array, Array]:
+    """Return the sums of the terms before each, and of all, as unevaluated pairs high + low.
+
+    Along the last axis: shapes ``(..., n)`` to ``(..., n + 1)`` twice.
+    """
+    high, low = np.zeros((2, *terms.shape[:-1], terms.shape[-1] + 1))
+    for k in range(terms.shape[-1]):  # Knuth's two-sum: total and what rounding took from it are high + term, exactly
+        total = high[..., k] + terms[..., k]
+        carried = total - high[..., k]
+        high[..., k + 1] = total
+        low[..., k + 1] = low[..., k] + ((high[..., k] - (total - carried)) + (terms[..., k] - carried))
+    return high, low

@@ -25,6 +25,8 @@ class SplineTable(TableModule):
             faster where functions are many.
     """
 
+    ends_in = "levels"
+
     levels: Tensor
     knots: Tensor
     basis: Tensor
@@ -55,10 +57,6 @@ class SplineTable(TableModule):
         along_s = spline(levels, values).c  # scipy puts the interpolated axis first: (K_s, F, K_t)
         along_t: Array = spline(levels, along_s).c  # (K_t, K_s, F)
         return along_t
-
-    def mirror_ends(self) -> None:
-        """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
-        self.sigma_max, self.sigma_min = float(self.levels[0]), float(self.levels[-1])
 
     def narrowed(self) -> dict[str, Tensor]:
         """Return rounded tables, polynomials about the cells' middles, and the levels where cells begin as high + low.
@@ -91,12 +89,7 @@ class SplineTable(TableModule):
     def _weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the first B-spline that is not 0 at each level, and the values of it and the next ones."""
         cell, v = self._place(t)
-        v = v[..., None]
-        coefficients = self.basis[cell]  # (*shape, powers, splines)
-        weight = coefficients[..., 0, :]
-        for power in range(1, self.basis.shape[1]):  # Horner
-            weight = weight * v + coefficients[..., power, :]
-        return cell, weight
+        return cell, local_weights(self.basis[cell], v)
 
     def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return each level's cell, and where it is in it: what the cell's polynomials are of."""
@@ -121,6 +114,18 @@ def local_basis(levels: Array) -> tuple[Array, Array]:
     starts = unit.t[degree : len(levels)]
     taylor = np.stack([unit(starts, nu=p).T / math.factorial(p) for p in range(degree, -1, -1)], 1)
     return starts.copy(), np.stack([taylor[m, :, m : m + degree + 1] for m in range(len(starts))])
+
+
+def local_weights(polynomials: Tensor, v: Tensor) -> Tensor:
+    """Return the values of cells' B-splines, each at a place in its cell.
+
+    Shapes ``(*shape, powers, splines)`` and ``(..., *shape)`` to ``(..., *shape, splines)``.
+    """
+    v = v[..., None]
+    weight = polynomials[..., 0, :]
+    for power in range(1, polynomials.shape[-2]):  # Horner
+        weight = weight * v + polynomials[..., power, :]
+    return weight
 
 
 def recentred(basis: Tensor, half_widths: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-r"""EDM's scalings around a raw network, which make a denoiser of it.
+r"""What a raw network is given at a noise level: EDM's scalings, which make a denoiser of it, and how it is told t.
 
-What a network is told of its noise level: functions $t \mapsto c_{noise}$, elementwise on a tensor of levels.
-
-Computed in the levels' own dtype, as the published codes do, but at least in float32, and returned so: half precision
-cannot tell neighbouring levels apart, and neither can a network to which the result is cast before its embedding.
+What it is told are functions $t \mapsto c_{noise}$, elementwise on a tensor of levels. They are computed in the levels'
+own dtype, as the published codes do, but at least in float32, and returned so: half precision cannot tell neighbouring
+levels apart, and neither can a network to which the result is cast before its embedding.
 """
 
 from __future__ import annotations

@@ -1,11 +1,7 @@
-r"""Argument checks: each raises with what was expected, what came and what to do; none converts its argument.
+"""One noise level per sample: from what callers write, a float or a tensor of several shapes, to what batches need.
 
-Noise levels: what ``t`` means, and grids of them.
-
-A noise level is EDM's sigma: ``x_t = x_0 + t * n`` with standard normal ``n``. Grids are float64 and run from the
-noisiest level to the cleanest. Coefficients are smooth in ``lambda = -ln t`` (docs/method.md, section 1).
-
-What the ODE solvers accept: noise levels per sample, grids of them, the dtype of the state.
+`expand_to` states which shapes fit a batch. `one_per_sample` makes one level per sample of any of them, without looking
+at the values; `per_sample` looks at them too, for callers that have no range of their own to check.
 """
 
 from __future__ import annotations
@@ -14,22 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import all_true, check_tensor
-from .._precision import wide_dtype
-
-
-def check_noise_level(t: object, x: Tensor, name: str = "t") -> None:
-    """Refuse a noise level that is not one per sample of ``x`` (or a single one)."""
-    check_tensor(t, name)
-    assert isinstance(t, Tensor)
-    if t.ndim == x.ndim > 0:
-        fits = all(size in (1, full) for size, full in zip(t.shape, x.shape, strict=True))
-    else:
-        fits = t.ndim == 0 or t.shape == x.shape[:1] or t.shape == (1,)
-    if not fits:
-        raise ValueError(
-            f"{name} must hold one noise level per sample, shape {tuple(x.shape[:1])} for x of shape "
-            f"{tuple(x.shape)}, got shape {tuple(t.shape)}: pass t.expand(len(x)) for a common level."
-        )
+from .._precision import place
 
 
 def expand_to(t: Tensor, x: Tensor) -> Tensor:
@@ -50,31 +31,54 @@ def expand_to(t: Tensor, x: Tensor) -> Tensor:
         >>> expand_to(torch.ones(4), torch.zeros(4, 3, 8, 8)).shape
         torch.Size([4, 1, 1, 1])
     """
-    check_noise_level(t, x)
-    return t if t.ndim == x.ndim else t.reshape(-1, *[1] * (x.ndim - 1))
+    return _expanded(t, x, "t")
+
+
+def one_per_sample(level: Tensor | float, x: Tensor, name: str = "t") -> Tensor:
+    """Return one level per sample on ``x``'s device. Shape ``(B,)``; their own dtype, float32 at least."""
+    if isinstance(level, int):
+        raise TypeError(
+            f"{name} must be a float or a floating-point tensor, got {level}: write 80.0 for a level of 80; write "
+            f"{level}.0 here."
+        )
+    if isinstance(level, float):  # filled on the device: a copy would wait for it
+        return place(level, x.device, torch.float64).expand(x.shape[:1])
+    column = _expanded(level, x, name)
+    if column.shape[1:].numel() != 1:
+        raise ValueError(f"{name} must hold one noise level per sample, got shape {tuple(level.shape)}.")
+    values = column.reshape(column.shape[:1])
+    return place(values, x.device, torch.promote_types(level.dtype, torch.float32)).expand(x.shape[:1])
 
 
 def per_sample(level: Tensor | float, x: Tensor, name: str, *, zero: bool = False) -> Tensor:
-    """Return checked noise levels in the wide dtype, shape ``(B,)``; ``zero`` lets 0 pass."""
-    if isinstance(level, int):
-        raise TypeError(f"{name} must be a float or a floating-point tensor, got {level}: write 80.0, not 80.")
-    number = level if isinstance(level, float) else None
-    if isinstance(level, float):
-        level = torch.tensor([level], dtype=torch.float64, device="cpu")
-    check_noise_level(level, x, name)
-    level = expand_to(level, x)
-    if level.shape[1:].numel() != 1:
-        raise ValueError(f"{name} must hold one noise level per sample, got shape {tuple(level.shape)}.")
-
-    level = level.reshape(-1)
-    valid = ((level >= 0) if zero else (level > 0)) & (level < torch.inf)
+    """Return one positive level per sample in the wide dtype, NaN where that cannot be read; ``zero`` lets 0 pass."""
+    levels = place(one_per_sample(level, x, name), x.device, torch.float64)
+    # looked at as written: reading what is on a device would wait for it
+    written = level if isinstance(level, Tensor) else torch.tensor(level, dtype=torch.float64, device="cpu")
+    valid = _valid(written, zero)
     if all_true(valid) is False:
-        index = int((~valid).nonzero()[0])
+        index = int((~valid).flatten().nonzero()[0])
         raise ValueError(
-            f"{name} must be finite and {'at least 0' if zero else 'positive'}, got {level[index].item():g} at "
+            f"{name} must be finite and {'at least 0' if zero else 'positive'}, got {written.flatten()[index]:g} at "
             f"position {index}: noise levels are sigma, not indices."
         )
-    wide = wide_dtype(x.device)
-    if number is not None:  # filled on the device: a copy would wait for it
-        return torch.full((len(x),), number, dtype=wide, device=x.device)
-    return torch.where(valid, level, torch.nan).to(x.device, wide, non_blocking=True).expand(len(x))
+    return levels if isinstance(level, float) else torch.where(_valid(levels, zero), levels, torch.nan)
+
+
+def _valid(levels: Tensor, zero: bool) -> Tensor:
+    return ((levels >= 0) if zero else (levels > 0)) & (levels < torch.inf)
+
+
+def _expanded(level: object, x: Tensor, name: str) -> Tensor:
+    check_tensor(level, name)
+    assert isinstance(level, Tensor)
+    if level.ndim == x.ndim > 0:
+        fits = all(size in (1, full) for size, full in zip(level.shape, x.shape, strict=True))
+    else:
+        fits = level.ndim == 0 or level.shape == x.shape[:1] or level.shape == (1,)
+    if not fits:
+        raise ValueError(
+            f"{name} must hold one noise level per sample, shape {tuple(x.shape[:1])} for x of shape "
+            f"{tuple(x.shape)}, got shape {tuple(level.shape)}: pass t.expand(len(x)) for a common level."
+        )
+    return level if level.ndim == x.ndim else level.reshape(-1, *[1] * (x.ndim - 1))

@@ -1,8 +1,9 @@
-r"""Analytic-Precond: c_skip(t, s) and c_out(t, s) from a teacher's statistics (docs/method.md, sections 2 and 3)."""
+r"""Analytic-Precond: c_skip(t, s) and c_out(t, s) from a teacher's statistics (docs/method.md, sections 2 and 3).
+
+A table holds the integrals of l and s between any two levels; a jump is an Euler step written in them.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,14 +11,81 @@ from torch import Tensor
 
 from .._checks import check_choice, check_finite, check_levels, check_tensor
 from ..interpolation import splines
-from ..interpolation.integral_table import IntegralTable, PairIntegrals
+from ..interpolation.element_table import ElementTable, element_name
+from ..interpolation.integral_table import Function, IntegralTable
 from ..interpolation.splines import Array
 from ..statistics.remainder import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
 from .base import Preconditioning, Scalings
 
+_ADVICE = "a negative l is noise, take more samples or clamp the table at 0."
 
-class AnalyticPreconditioning(Preconditioning):
+
+class EulerStepPreconditioning(Preconditioning):
+    """Euler steps between the levels of a table of integrals: of one pair of functions, or of each element's.
+
+    Args:
+        integrals: The table.
+        theta: Where between forward (0) and backward (1) h is taken.
+        sigma_data: Standard deviation of the data, for `on_network`.
+        targets: Levels s at which the denominator is checked, some at a time. Shape ``(times, some)``.
+        advice: What to do about coefficients that are refused.
+
+    Raises:
+        ValueError: If the coefficients make a jump singular (the error names the level, and the element).
+    """
+
+    theta: Tensor
+
+    def __init__(
+        self, integrals: IntegralTable | ElementTable, theta: float, sigma_data: float, targets: Tensor, advice: str
+    ) -> None:
+        super().__init__(sigma_data)
+        self.integrals = integrals
+        self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64, device="cpu"))
+        self._check_denominator(targets, advice)
+
+    @property
+    def coefficient_shape(self) -> tuple[int, ...]:
+        """The coefficients' shape at one pair of levels: a sample's, with 1 where all share a coefficient."""
+        return self.integrals.shape
+
+    @property
+    def sigma_max(self) -> float:
+        """The noisiest level of the statistics."""
+        return self.integrals.sigma_max
+
+    @property
+    def sigma_min(self) -> float:
+        """The cleanest level of the statistics."""
+        return self.integrals.sigma_min
+
+    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
+        """Return the coefficients for valid levels (docs/method.md, section 3)."""
+        shape = (*t.shape, *self.coefficient_shape)
+        l_t, l_s, L_ratio, S_ratio, r = self.integrals(t, s)
+        implicit, explicit = self.theta, (1 - self.theta) * S_ratio
+        denominator = 1 + implicit * l_s * r
+        c_skip, c_out = (L_ratio - explicit * l_t * r) / denominator, (explicit + implicit) * r / denominator
+        return Scalings(c_skip.reshape(shape), c_out.reshape(shape))
+
+    def _check_denominator(self, targets: Tensor, advice: str) -> None:
+        """Refuse coefficients with a vanishing denominator; r grows with t, so the longest jumps tell."""
+        for s in targets:
+            _, l_s, _, _, r = self.integrals(torch.full_like(s, self.sigma_max), s)
+            denominator = 1 + self.theta * l_s * r
+            if not bool((denominator > 0).all()):
+                worst = int(denominator.argmin())
+                level, element = divmod(worst, l_s.numel() // len(s))
+                where = f" in {element_name(element, self.integrals.shape)}" if l_s.ndim > s.ndim else ""
+                raise ValueError(
+                    f"l must keep the denominator 1 + theta l_s r positive, got {denominator.flatten()[worst]:.4g}"
+                    f"{where} for the jump from {self.sigma_max:g} to {s[level]:.6g}, where l = "
+                    f"{l_s.flatten()[worst]:.4g}: {advice}"
+                )
+
+
+class AnalyticPreconditioning(EulerStepPreconditioning):
     r"""The preconditioning that follows from a teacher's $l_t$ and $S_t$.
 
     With $\ln L = \int (1 - l)\, d\lambda$, $\ln S = \int s_t\, d\lambda$, $dN = L S\, d\lambda$ and
@@ -49,8 +117,6 @@ class AnalyticPreconditioning(Preconditioning):
         (0.25, 0.75)
     """
 
-    theta: Tensor
-
     def __init__(
         self,
         statistics: TeacherStatistics,
@@ -59,14 +125,11 @@ class AnalyticPreconditioning(Preconditioning):
         theta: float | None = None,
         sigma_data: float = 0.5,
     ) -> None:
-        if not isinstance(statistics, TeacherStatistics):
-            raise TypeError(
-                f"statistics must be TeacherStatistics, got {type(statistics).__name__}: load a file with "
-                f"TeacherStatistics.load, or use AnalyticPreconditioning.from_coefficients(levels, l, s)."
-            )
+        check_statistics(statistics, type(self))
+        theta = theta_of(discretization, theta)
         levels, l = statistics.levels.numpy(), statistics.l.numpy()
         ln_S = log_scale_spline(levels, statistics.g_rms.numpy(), statistics.s.numpy(), statistics.header.s_method)
-        self._build(levels, l, ln_S, discretization, theta, sigma_data)
+        self._build(levels, splines.linear_coefficient(levels, l), ln_S, theta, sigma_data)
 
     @classmethod
     def from_coefficients(
@@ -104,51 +167,33 @@ class AnalyticPreconditioning(Preconditioning):
                     f"{name} must hold one value per level, shape {tuple(levels.shape)}, got {tuple(values.shape)}."
                 )
             check_finite(values, name)
+        theta = theta_of(discretization, theta)
         sigma, l_table, s_table = (v.detach().cpu().double().numpy() for v in (levels, l, s))
         self = cls.__new__(cls)
-        self._build(sigma, l_table, splines.spline(sigma, s_table).antiderivative(), discretization, theta, sigma_data)
+        l_at, ln_S = splines.linear_coefficient(sigma, l_table), splines.spline(sigma, s_table).antiderivative()
+        self._build(sigma, l_at, ln_S, theta, sigma_data)
         return self
 
-    def _build(
-        self, levels: Array, l: Array, ln_S: Any, discretization: str, theta: float | None, sigma_data: float
-    ) -> None:
-        theta = theta_of(discretization, theta)
-        super().__init__(sigma_data)
-        self.integrals = IntegralTable(float(levels[0]), float(levels[-1]), splines.linear_coefficient(levels, l), ln_S)
-        self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64, device="cpu"))
-        self._check_denominator(levels)
-
-    @property
-    def sigma_max(self) -> float:
-        """The noisiest level of the statistics."""
-        return self.integrals.sigma_max
-
-    @property
-    def sigma_min(self) -> float:
-        """The cleanest level of the statistics."""
-        return self.integrals.sigma_min
+    def _build(self, levels: Array, l: Function, ln_S: Function, theta: float, sigma_data: float) -> None:
+        sigma_max, sigma_min = float(levels[0]), float(levels[-1])
+        table = IntegralTable(sigma_max, sigma_min, l, ln_S)
+        targets = np.unique(np.concatenate([levels, np.geomspace(sigma_min, sigma_max, 2048)])).clip(
+            sigma_min, sigma_max
+        )
+        super().__init__(table, theta, sigma_data, torch.from_numpy(targets)[None], _ADVICE)
 
     def extra_repr(self) -> str:
         """Return what is printed of it: where between forward (0) and backward (1), and the range of levels."""
         return f"theta={self.theta.item():g}, levels {self.sigma_max:g} to {self.sigma_min:g}"
 
-    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the coefficients for valid levels."""
-        return euler_step_scalings(self.integrals(t, s), self.theta)
 
-    def _check_denominator(self, levels: Array) -> None:
-        """Refuse coefficients with a vanishing denominator; r grows with t, so the longest jumps tell."""
-        s = torch.from_numpy(np.unique(np.concatenate([levels, np.geomspace(levels[-1], levels[0], 2048)])))
-        s = s.clamp(self.sigma_min, self.sigma_max)
-        _, l_s, _, _, r = self.integrals(torch.full_like(s, self.sigma_max), s)
-        denominator = 1 + self.theta * l_s * r
-        if not bool((denominator > 0).all()):
-            worst = int(denominator.argmin())
-            raise ValueError(
-                f"l must keep the denominator 1 + theta l_s r positive, got {denominator[worst].item():.4g} for the "
-                f"jump from {self.sigma_max:g} to {s[worst].item():.6g}, where l = {l_s[worst].item():.4g}: a negative "
-                f"l is noise, take more samples or clamp the table at 0."
-            )
+def check_statistics(statistics: object, of: type) -> None:
+    """Refuse anything but a teacher's statistics."""
+    if not isinstance(statistics, TeacherStatistics):
+        raise TypeError(
+            f"statistics must be TeacherStatistics, got {type(statistics).__name__}: load a file with "
+            f"TeacherStatistics.load, or use {of.__name__}.from_coefficients(levels, l, s)."
+        )
 
 
 def theta_of(discretization: str, theta: float | None) -> float:
@@ -161,11 +206,3 @@ def theta_of(discretization: str, theta: float | None) -> float:
     if not isinstance(theta, int | float) or not 0 <= theta <= 1:
         raise ValueError(f"theta must be a number from 0 (forward) to 1 (backward), got {theta!r}.")
     return theta
-
-
-def euler_step_scalings(integrals: PairIntegrals, theta: Tensor) -> Scalings:
-    """Return the coefficients of an Euler step between the levels of some integrals (docs/method.md, section 3)."""
-    l_t, l_s, L_ratio, S_ratio, r = integrals
-    implicit, explicit = theta, (1 - theta) * S_ratio
-    denominator = 1 + implicit * l_s * r
-    return Scalings((L_ratio - explicit * l_t * r) / denominator, (explicit + implicit) * r / denominator)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._checks import all_true, check_positive, check_tensor
 from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
-from ..noise_levels.per_sample import check_noise_level, expand_to
+from ..noise_levels.per_sample import expand_to, one_per_sample
 
 ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
 
@@ -40,9 +40,15 @@ class Preconditioning(FixedPrecisionModule):
     preconditioning's range, to float32 rounding. Where looking at the values would stall the device (off the CPU) or
     break a graph (torch.compile, torch.vmap), levels out of range give NaN instead of an error.
 
+    One layout throughout: coefficients have the shape ``(*levels, *coefficient_shape)``. A subclass that has more than
+    one pair per jump says its shape, and in `_to_modes` and `_from_modes` what they multiply if not x itself.
+
     Args:
         sigma_data: Standard deviation of the data, for `on_network`.
     """
+
+    told_lower_level: bool = False
+    """Whether the network is told a lower noise level than that of its input: whether `network_level` says so."""
 
     def __init__(self, sigma_data: float) -> None:
         super().__init__()
@@ -59,9 +65,14 @@ class Preconditioning(FixedPrecisionModule):
         """The smallest noise level to reach."""
         return 0.0
 
+    @property
+    def coefficient_shape(self) -> tuple[int, ...]:
+        """The coefficients' shape at one pair of levels: of a sample or its modes; ``()`` where one pair serves all."""
+        return ()
+
     @abstractmethod
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the coefficients for levels known to be valid, in their dtype: float64, or a device's float32."""
+        """Return the coefficients for valid levels of one shape, in their dtype: float64, or a device's float32."""
 
     if TYPE_CHECKING:  # torch's own is untyped
 
@@ -100,10 +111,8 @@ class Preconditioning(FixedPrecisionModule):
         t = place(t, c_out.device, c_out.dtype)
         q = place(self.network_level(t, s), c_out.device, c_out.dtype)
         edm = EDMPreconditioning(self.sigma_data)(q)
-        levels = torch.broadcast_shapes(t.shape, s.shape if isinstance(s, Tensor) else ())
-        own = [1] * (c_out.ndim - len(levels))  # dimensions of modes or elements
         scalings = (edm.c_skip, input_scale(t, q, self.sigma_data), edm.c_out)
-        edm_skip, scale, edm_out = (c.expand(levels).reshape((*levels, *own)) for c in scalings)
+        edm_skip, scale, edm_out = (self._per_jump(c) for c in scalings)
         return Scalings(c_skip + c_out * edm_skip * scale, c_out * edm_out)
 
     def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
@@ -134,11 +143,11 @@ class Preconditioning(FixedPrecisionModule):
             The denoiser's input and its noise level.
         """
         level = t if isinstance(t, Tensor) else place(t, x_t.device, torch.promote_types(x_t.dtype, torch.float32))
-        q = self.network_level(level, s)
-        if q is level:
+        if not self.told_lower_level:
             return x_t, level
-        level = place(level, x_t.device, level.dtype)
-        return (expand_to(input_scale(level, q, self.sigma_data), x_t) * x_t).to(x_t.dtype), q
+        q = self.network_level(level, s)
+        scale = input_scale(place(level, x_t.device, level.dtype), q, self.sigma_data)
+        return (expand_to(scale, x_t).to(torch.promote_types(x_t.dtype, torch.float32)) * x_t).to(x_t.dtype), q
 
     def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
         """Return ``x_s = c_skip x_t + c_out denoised``.
@@ -157,14 +166,10 @@ class Preconditioning(FixedPrecisionModule):
             TypeError: If an argument is not a floating-point tensor.
             ValueError: If the shapes do not fit.
         """
-        check_tensor(x_t, "x_t")
-        check_tensor(denoised, "denoised")
-        if denoised.shape != x_t.shape:
-            raise ValueError(f"denoised must have x_t's shape {tuple(x_t.shape)}, got {tuple(denoised.shape)}.")
+        self._check_pair(x_t, denoised, "denoised")
         dtype = torch.promote_types(x_t.dtype, denoised.dtype)
-        compute = torch.promote_types(dtype, torch.float32)
-        c_skip, c_out = (expand_to(c.to(compute), x_t) for c in self._wide_for(x_t, t, s))
-        return (c_skip * x_t + c_out * denoised).to(dtype)
+        x, D = (v.to(torch.promote_types(dtype, torch.float32)) for v in (x_t, denoised))
+        return self._combine(self._for_batch(x_t, t, s), x, D).to(dtype)
 
     def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
         r"""Return the denoiser output with which the jump lands on ``x_s``: the inverse of `jump`.
@@ -187,72 +192,85 @@ class Preconditioning(FixedPrecisionModule):
             TypeError: If an argument is not a floating-point tensor.
             ValueError: If the shapes do not fit, or s = t, where the jump ignores the denoiser.
         """
-        check_tensor(x_t, "x_t")
-        check_tensor(x_s, "x_s")
-        if x_s.shape != x_t.shape:
-            raise ValueError(f"x_s must have x_t's shape {tuple(x_t.shape)}, got {tuple(x_s.shape)}.")
-        c_skip, c_out = (expand_to(c, x_t) for c in self._wide_for(x_t, t, s))
-        trivial = c_out == 0
+        self._check_pair(x_t, x_s, "x_s")
+        c_skip, c_out = self._for_batch(x_t, t, s)
+        modes_t, modes_s = (self._to_modes(x.to(c_out.dtype)) for x in (x_t, x_s))
+        trivial = (c_out == 0).expand_as(modes_t)
         if all_true(~trivial) is False:
             index = int(trivial.flatten().nonzero()[0]) // trivial.shape[1:].numel()  # the sample's
             raise ValueError(
                 f"t > s needed, got s = t at position {index}: a jump from a level to itself lands on x_t whatever the "
                 f"denoiser returns."
             )
-        required = (x_s.to(c_out.dtype) - c_skip * x_t.to(c_out.dtype)) / c_out
-        return torch.where(trivial, torch.nan, required)
+        return self._from_modes(torch.where(trivial, torch.nan, (modes_s - c_skip * modes_t) / c_out))
 
-    def _wide_for(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
-        """Return the coefficients in the widest dtype of x_t's device, of levels that fit x_t."""
-        for level, name in ((t, "t"), (s, "s")):
-            if isinstance(level, Tensor):
-                check_noise_level(level, x_t, name)
-        return self._wide(t, s, x_t.device)
+    def _combine(self, scalings: Scalings, x: Tensor, D: Tensor) -> Tensor:
+        """Return ``c_skip x + c_out D`` in the dtype of both, of the batch's coefficients in the widest."""
+        c_skip, c_out = (c.to(x.dtype) for c in scalings)
+        return c_skip * x + c_out * D
 
-    def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
-        """Return the coefficients in the widest dtype that the device has, after all checks."""
-        t, s, valid = self._levels(t, s, device)
+    def _to_modes(self, x: Tensor) -> Tensor:
+        """Return what the coefficients multiply, of shape ``(B, *coefficient_shape)`` where there is one."""
+        return x
+
+    def _from_modes(self, modes: Tensor) -> Tensor:
+        return modes
+
+    def _check_sample(self, x_t: Tensor) -> None:
+        """Refuse samples that the coefficients are not of."""
+
+    def _check_pair(self, x_t: Tensor, other: Tensor, name: str) -> None:
+        check_tensor(x_t, "x_t")
+        check_tensor(other, name)
+        self._check_sample(x_t)
+        if other.shape != x_t.shape:
+            raise ValueError(f"{name} must have x_t's shape {tuple(x_t.shape)}, got {tuple(other.shape)}.")
+
+    def _for_batch(self, x: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
+        """Return the coefficients in the widest dtype of x's device, shaped to multiply what `_to_modes` makes of x."""
+        scalings = self._wide(one_per_sample(t, x, "t"), one_per_sample(s, x, "s"))
+        return scalings if self.coefficient_shape else Scalings(*(expand_to(c, x) for c in scalings))
+
+    def _per_jump(self, values: Tensor) -> Tensor:
+        """Return values of the levels' shape, or one that broadcasts to it, shaped to multiply coefficients."""
+        return values.reshape((*values.shape, *[1] * len(self.coefficient_shape)))
+
+    def _wide(self, t: Tensor | float, s: Tensor | float) -> Scalings:
+        """Return the coefficients in the widest dtype that the levels' device has, after all checks."""
+        t, s, valid = self._levels(t, s)
         coefficients = self.coefficients(t, s)
         if valid is None:
             return coefficients
-        return Scalings(*(torch.where(valid, c, torch.nan) for c in coefficients))
+        return Scalings(*(torch.where(self._per_jump(valid), c, torch.nan) for c in coefficients))
 
-    def _levels(
-        self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the levels in that dtype and of one shape, and which are valid where that could not be checked."""
+        device = None
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):
                 check_tensor(level, name)
-                device = level.device if device is None else device
+                device = device or level.device
             elif not isinstance(level, float):
                 raise TypeError(
                     f"{name} must be a noise level (float or floating-point tensor), got {level!r} "
                     f"({type(level).__name__}): write 80.0, or look an index up in a grid."
                 )
-        if device is None:
-            device = self._device
-        dtype = wide_dtype(device)
-        t, s = (place(level, device, dtype) for level in (t, s))
+        wide = [place(level, device or self._device, torch.float64) for level in (t, s)]
         try:
-            shape = torch.broadcast_shapes(t.shape, s.shape)
+            here, there = torch.broadcast_tensors(*wide)
         except RuntimeError as error:
-            raise ValueError(f"t and s must broadcast, got shapes {tuple(t.shape)} and {tuple(s.shape)}.") from error
-        t, s = t.expand(shape), s.expand(shape)
+            shapes = " and ".join(str(tuple(level.shape)) for level in wide)
+            raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
         low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
-        valid = (s <= t * (1 + ROUNDING)) & (s >= low) & (t <= high) & (t > 0)
-        return t, s, None if self._refuse(t, s, valid) else valid
-
-    def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
-        """Raise for the first jump that is not valid; return whether the values could be read."""
+        valid = (there <= here * (1 + ROUNDING)) & (there >= low) & (here <= high) & (here > 0)
         all_valid = all_true(valid)
         if all_valid is False:
             index = int((~valid).flatten().nonzero()[0])
-            t_bad, s_bad = t.flatten()[index].item(), s.flatten()[index].item()
+            t_bad, s_bad = here.flatten()[index].item(), there.flatten()[index].item()
             inside = self.sigma_min <= s_bad and t_bad <= self.sigma_max
             advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
             raise ValueError(
                 f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
                 f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."
             )
-        return all_valid is True
+        return here, there, None if all_valid else valid

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_positive
+from .._checks import check_choice, check_not_negative, check_positive
 from .._precision import place, wide_dtype
 from .base import ROUNDING, Preconditioning, Scalings
 
@@ -63,6 +63,29 @@ class CTMPreconditioning(Preconditioning):
         return Scalings(c_skip, (t - s) / t)
 
 
+class BCMPreconditioning(CTMPreconditioning):
+    r"""The Bidirectional Consistency Model's jump (Li and He 2024, arXiv 2403.18035), in the denoising direction.
+
+    On the network, compared with the authors' code (``get_scalings_for_bcm`` in ``BCM/cm/karras_diffusion.py`` of
+    github.com/Mosasaur5526/BCM-iCT-torch, commit 74ad31f), with t and s for its ``sigma`` and ``sigma_end``:
+
+    $$c_{skip}^F = \frac{t s + v}{t^2 + v}, \quad c_{out}^F = \frac{\sigma_{data} (t - s)}{\sqrt{t^2 + v}}$$
+
+    That is CTM's ``"euler"`` around EDM's denoiser, and TrigFlow's rotation in EDM's sign: $s/t$, $1 - s/t$ on the
+    denoiser. No shift: s = 0 is allowed.
+
+    Args:
+        sigma_data: Standard deviation of the data.
+
+    Examples:
+        >>> BCMPreconditioning().on_network(torch.tensor(1.0), torch.tensor(0.5))  # 0.75 / 1.25
+        Scalings(c_skip=tensor(0.6000), c_out=tensor(0.2236))
+    """
+
+    def __init__(self, sigma_data: float = 0.5) -> None:
+        super().__init__("euler", sigma_data)
+
+
 class CMPreconditioning(Preconditioning):
     r"""The Consistency Model's jump to $\varepsilon = \sigma_{min}$ (Song et al. 2023, and openai/consistency_models).
 
@@ -90,7 +113,8 @@ class CMPreconditioning(Preconditioning):
 
     def __init__(self, sigma_data: float = 0.5, sigma_min: float = 0.002) -> None:
         super().__init__(sigma_data)
-        self._sigma_min = _check_shift(sigma_min)
+        check_not_negative(sigma_min, "sigma_min")
+        self._sigma_min = float(sigma_min)
 
     @property
     def sigma_min(self) -> float:
@@ -130,17 +154,17 @@ class CMPreconditioning(Preconditioning):
     def _reached(self, s: Tensor) -> Tensor:
         return (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
 
-    def _refuse(self, t: Tensor, s: Tensor, valid: Tensor) -> bool:
+    def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None]:
         """Refuse other targets too."""
-        if not super()._refuse(t, s, valid):
-            return False
-        if not bool(self._reached(s).all()):
-            index = int((~self._reached(s)).flatten().nonzero()[0])
+        t, s, valid = super()._levels(t, s)
+        other = ~self._reached(s)
+        if valid is None and bool(other.any()):
+            index = int(other.flatten().nonzero()[0])
             raise ValueError(
                 f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got s = "
                 f"{s.flatten()[index].item():.9g} at position {index}: leave s out, or take CTMPreconditioning."
             )
-        return True
+        return t, s, valid
 
 
 class _OwnNetwork(Preconditioning):
@@ -160,41 +184,6 @@ class _OwnNetwork(Preconditioning):
         wide = place(t, c_out.device, wide_dtype(c_out.device))
         d_skip, d_out = (c.to(c_out.dtype) for c in self._denoiser(wide))
         return Scalings(c_skip + c_out * d_skip, c_out * d_out)
-
-
-class BCMPreconditioning(_OwnNetwork):
-    r"""The Bidirectional Consistency Model's jump (Li and He 2024, arXiv 2403.18035), in the denoising direction.
-
-    Written down from memory of the paper and not compared with its code:
-
-    $$g = c_{skip}^F = \frac{(t - \varepsilon)(s - \varepsilon) + v}{(t - \varepsilon)^2 + v}, \quad
-      c_{out}^F = \frac{\sigma_{data} (t - s)}{\sqrt{t^2 + v}}$$
-
-    on a network in EDM's sign. With $w = 1 - t\, \partial_s g|_{s = t}$ the denoiser that this implies is
-    $D = w\, x_t + t\, \sigma_{data} / \sqrt{t^2 + v}\; F$; on it the jump is CTM's ``"euler"``, since g is linear in s.
-    EDM's $v / (t^2 + v)$ is within 0.0011 of w for EDM's $\varepsilon$ and $\sigma_{data}$. At $s = \varepsilon$ the
-    network form is CM's; with $\varepsilon = 0$ it is TrigFlow's rotation.
-
-    Args:
-        sigma_data: Standard deviation of the data.
-        sigma_min: The shift $\varepsilon$; 0 is allowed.
-
-    Raises:
-        ValueError: If a number is out of its range.
-
-    Examples:
-        >>> BCMPreconditioning(sigma_min=0.0).on_network(torch.tensor(1.0), torch.tensor(0.5))  # 0.75 / 1.25
-        Scalings(c_skip=tensor(0.6000), c_out=tensor(0.2236))
-    """
-
-    def __init__(self, sigma_data: float = 0.5, sigma_min: float = 0.002) -> None:
-        super().__init__(sigma_data)
-        self.shift = _check_shift(sigma_min)
-
-    def _denoiser(self, t: Tensor) -> Scalings:
-        v, shifted = self.sigma_data**2, t - self.shift
-        # 1 - t shifted / (shifted^2 + v), without the difference of nearly equal numbers at large t
-        return Scalings((v - self.shift * shifted) / (shifted**2 + v), t * self.sigma_data / (t**2 + v).sqrt())
 
 
 class TrigFlowPreconditioning(_OwnNetwork):
@@ -285,9 +274,3 @@ class LCMPreconditioning:
         total = scaled**2 + self.sigma_data**2
         scalings = (self.sigma_data**2 / total, scaled / total.sqrt())
         return Scalings(*(c.to(torch.promote_types(timestep.dtype, torch.float32)) for c in scalings))
-
-
-def _check_shift(sigma_min: float) -> float:
-    if isinstance(sigma_min, bool) or sigma_min != 0:
-        check_positive(sigma_min, "sigma_min")
-    return float(sigma_min)

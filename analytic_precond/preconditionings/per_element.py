@@ -9,13 +9,11 @@ from torch import Tensor
 
 from .._checks import check_choice, check_finite, check_levels, check_tensor
 from ..interpolation import splines
-from ..interpolation.element_table import ElementTable, element_name
+from ..interpolation.element_table import ElementTable
 from ..interpolation.splines import Array
-from ..noise_levels.per_sample import per_sample
 from ..statistics.remainder import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
-from .analytic import euler_step_scalings, theta_of
-from .base import Preconditioning, Scalings
+from .analytic import EulerStepPreconditioning, check_statistics, theta_of
 
 _NOISE = "noise of few samples, or of a teacher's half precision: take more samples, a teacher in float32, or"
 
@@ -24,7 +22,7 @@ _ADVICE = {"element": f"{_NOISE} per='channel'.", "channel": f"{_NOISE} Analytic
 _ADVICE_ON_TABLES = "check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
 
 
-class PerElementPreconditioning(Preconditioning):
+class PerElementPreconditioning(EulerStepPreconditioning):
     r"""`AnalyticPreconditioning` with $l_{t,i}$ and $S_{t,i}$ of each element i of a sample, or of each channel.
 
     $$x_{s,i} = c_{skip,i}(t, s)\, x_{t,i} + c_{out,i}(t, s)\, D_i(x_t, t)$$
@@ -60,8 +58,6 @@ class PerElementPreconditioning(Preconditioning):
         tensor([[0.7906, 0.5281]])
     """
 
-    theta: Tensor
-
     def __init__(
         self,
         statistics: TeacherStatistics,
@@ -71,11 +67,7 @@ class PerElementPreconditioning(Preconditioning):
         theta: float | None = None,
         sigma_data: float = 0.5,
     ) -> None:
-        if not isinstance(statistics, TeacherStatistics):
-            raise TypeError(
-                f"statistics must be TeacherStatistics, got {type(statistics).__name__}: load a file with "
-                f"TeacherStatistics.load, or use PerElementPreconditioning.from_coefficients(levels, l, s)."
-            )
+        check_statistics(statistics, type(self))
         check_choice(per, ("element", "channel"), "per")
         elements = statistics.elements
         if elements is None:
@@ -153,78 +145,15 @@ class PerElementPreconditioning(Preconditioning):
     def _build(
         self, table: ElementTable, sample_shape: tuple[int | None, ...], theta: float, sigma_data: float, advice: str
     ) -> None:
-        super().__init__(sigma_data)
+        super().__init__(table, theta, sigma_data, table.edges[0, 1:, None], advice)
         self.sample_shape = sample_shape  # None for any size
-        self.integrals = table
-        self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64, device="cpu"))
-        self._check_denominator(advice)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The coefficients' shape at one pair of levels: a sample's, with 1 where all share a coefficient."""
-        return self.integrals.shape
-
-    @property
-    def sigma_max(self) -> float:
-        """The noisiest level of the statistics."""
-        return self.integrals.sigma_max
-
-    @property
-    def sigma_min(self) -> float:
-        """The cleanest level of the statistics."""
-        return self.integrals.sigma_min
-
-    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the elements' coefficients for valid levels. Shape ``(n, *t.shape)``."""
-        c_skip, c_out = euler_step_scalings(self.integrals(t, s), self.theta)
-        return Scalings(c_skip.movedim(-1, 0), c_out.movedim(-1, 0))
-
-    def jump(self, x_t: Tensor, denoised: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Return ``x_s = c_skip x_t + c_out denoised``, element by element.
-
-        Args:
-            x_t: Noisy data at level ``t``. Shape ``(B, *sample_shape)``.
-            denoised: The denoiser's output. Shape of ``x_t``.
-            t: Noise levels to start from. Shape ``(B,)``, or one for all.
-            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
-
-        Returns:
-            The data at level ``s``, in the wider of the two tensors' dtypes. Shape of ``x_t``.
-
-        Raises:
-            TypeError: If an argument is not a floating-point tensor.
-            ValueError: If the shapes do not fit.
-        """
-        self._check_sample(x_t)
-        return super().jump(x_t, denoised, per_sample(t, x_t, "t"), per_sample(s, x_t, "s"))
-
-    def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
-        """Return the denoiser output with which the jump lands on ``x_s``: the inverse of `jump`.
-
-        Args:
-            x_t: Noisy data at level ``t``. Shape ``(B, *sample_shape)``.
-            x_s: Where the jump is to land. Shape of ``x_t``.
-            t: Noise levels to start from. Shape ``(B,)``, or one for all.
-            s: Noise levels to reach, below ``t``. Shape ``(B,)``, or one for all.
-
-        Returns:
-            The output, computed and returned in float64 (float32 where a device has none). Shape of ``x_t``. Off the
-            CPU, where s = t is not looked for, such samples are NaN.
-
-        Raises:
-            TypeError: If an argument is not a floating-point tensor.
-            ValueError: If the shapes do not fit, or s = t, where the jump ignores the denoiser.
-        """
-        self._check_sample(x_t)
-        return super().required_output(x_t, x_s, per_sample(t, x_t, "t"), per_sample(s, x_t, "s"))
-
-    def _wide(self, t: Tensor | float, s: Tensor | float, device: torch.device | None = None) -> Scalings:
-        """Return the coefficients in the widest dtype, after all checks. Shape ``(*levels, *shape)``."""
-        c_skip, c_out = super()._wide(t, s, device)
-        return Scalings(*(c.movedim(0, -1).reshape((*c.shape[1:], *self.shape)) for c in (c_skip, c_out)))
+        return self.coefficient_shape
 
     def _check_sample(self, x_t: Tensor) -> None:
-        check_tensor(x_t, "x_t")
         if not self._fits(x_t.shape[1:]):
             expected = ", ".join(["B", *("any" if size is None else str(size) for size in self.sample_shape)])
             advice = (
@@ -237,19 +166,6 @@ class PerElementPreconditioning(Preconditioning):
     def _fits(self, shape: tuple[int, ...]) -> bool:
         own = self.sample_shape
         return len(own) == len(shape) and all(n in (None, m) for n, m in zip(own, shape, strict=True))
-
-    def _check_denominator(self, advice: str) -> None:
-        """Refuse coefficients with a vanishing denominator; r grows with t, so the longest jumps tell."""
-        for s in self.integrals.edges[0, 1:]:
-            _, l_s, _, _, r = self.integrals(torch.full_like(s, self.sigma_max), s)
-            denominator = 1 + self.theta * l_s * r
-            if not bool((denominator > 0).all()):
-                worst = int(denominator.argmin())
-                raise ValueError(
-                    f"l must keep the denominator 1 + theta l_s r positive, got {denominator[worst].item():.4g} in "
-                    f"{element_name(worst, self.shape)} for the jump from {self.sigma_max:g} to {s.item():.6g}, where "
-                    f"l = {l_s[worst].item():.4g}: {advice}"
-                )
 
 
 def _rows(values: Tensor) -> Array:

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 
 from torch import Tensor, nn
 
+from .._checks import check_not_negative
 from ..preconditionings.base import ROUNDING, Preconditioning
 
 Levels = Tensor | Sequence[float] | Sequence[int]
@@ -38,7 +39,7 @@ def resolve_levels(levels: Levels, grid: Levels | None = None, sigma_min: float 
         >>> resolve_levels([0.0, 1.0, 80.0])
         [80.0, 1.0, 0.002]
     """
-    _check_sigma_min(sigma_min)
+    check_not_negative(sigma_min, "sigma_min")
     numbers = _numbers(levels, "levels")
     integers = [isinstance(number, Integral) for number in numbers]
     if any(integers) and not all(integers):
@@ -47,13 +48,12 @@ def resolve_levels(levels: Levels, grid: Levels | None = None, sigma_min: float 
             f"noise level of 80."
         )
     if all(integers):
-        values = _monotone(_look_up(numbers, grid), "levels")
+        numbers = _look_up(numbers, grid)
     elif grid is not None:
         raise ValueError(
             f"grid is for indices, got noise levels {_shown(numbers)}: leave grid out, or pass levels as ints."
         )
-    else:
-        values = _monotone(_nonnegative(numbers, "levels"), "levels")
+    values = _decreasing(numbers, "levels")
     if values[-1] == 0:
         values.pop()
         if not values or not is_cleanest(values[-1], sigma_min):
@@ -110,14 +110,6 @@ def check_jumps(student: object, jumps: Sequence[tuple[float, float]]) -> None:
             )
 
 
-def _check_sigma_min(sigma_min: object) -> None:
-    """Refuse anything but a finite number of at least 0."""
-    if isinstance(sigma_min, bool) or not isinstance(sigma_min, int | float):
-        raise TypeError(f"sigma_min must be a number, got {sigma_min!r} ({type(sigma_min).__name__}).")
-    if not 0 <= sigma_min < math.inf:
-        raise ValueError(f"sigma_min must be finite and not negative, got {sigma_min}.")
-
-
 def _numbers(values: Levels, name: str) -> list[float]:
     """Return a 1-D tensor or sequence as Python's or NumPy's numbers."""
     if isinstance(values, Tensor):
@@ -148,8 +140,8 @@ def _look_up(indices: list[float], grid: Levels | None) -> list[float]:
             f"levels must be noise levels where no grid is given, got the ints {_shown(indices)}: write 80.0, or pass "
             f"the grid that they are indices of, e.g. grid=preset('openai_cm').multistep_levels(40)."
         )
-    values = _nonnegative(_numbers(grid, "grid"), "grid")
-    _monotone(values, "grid")
+    values = _numbers(grid, "grid")
+    _decreasing(values, "grid")
     for position, index in enumerate(indices):
         if not 0 <= index < len(values):
             raise ValueError(
@@ -159,19 +151,14 @@ def _look_up(indices: list[float], grid: Levels | None) -> list[float]:
     return [values[int(index)] for index in indices]
 
 
-def _nonnegative(numbers: list[float], name: str) -> list[float]:
-    """Return the numbers as floats; refuse NaN, infinity and negative ones."""
-    values = [float(number) for number in numbers]
-    for position, value in enumerate(values):
+def _decreasing(numbers: list[float], name: str) -> list[float]:
+    """Return noise levels from the largest to the smallest; refuse what is no level, disorder and duplicates."""
+    for position, value in enumerate(numbers):
         if not 0 <= value < math.inf:
             raise ValueError(
-                f"{name} must be finite noise levels (sigma), not negative, got {value} at position {position}."
+                f"{name} must be finite noise levels (sigma), not negative, got {float(value)} at position {position}."
             )
-    return values
-
-
-def _monotone(values: list[float], name: str) -> list[float]:
-    """Return the values from the largest to the smallest; refuse disorder and duplicates."""
+    values = [float(number) for number in numbers]
     ordered = values if values[0] >= values[-1] else values[::-1]
     for a, b in pairwise(ordered):
         if a <= b:
@@ -179,7 +166,7 @@ def _monotone(values: list[float], name: str) -> list[float]:
                 f"{name} must decrease or increase strictly, got {_shown(values)}, with {a:.9g} beside {b:.9g}: sort "
                 f"them and drop duplicates."
             )
-    return list(ordered)
+    return ordered
 
 
 def _shown(values: list[float]) -> str:

@@ -7,6 +7,7 @@ cast, so that a seed means the same image in every dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Generator, Tensor
@@ -48,7 +49,7 @@ def per_sample_generators(
     """
     check_count(num, 0, "num")
     if generator is not None:
-        _check_generator(generator)
+        _check_generators([generator], 1)
     source = torch.default_generator if generator is None else generator
     device = source.device if device is None else torch.device(device)
     seeds = (torch.randint(2**63 - 1, (), generator=source, device=source.device) for _ in range(num))
@@ -88,7 +89,7 @@ def draw_noise(
     if len(shape) == 0:
         raise ValueError("shape must be (B, ...), with the number of samples first, got ().")
     check_count(shape[0], 0, "shape[0]", "It is the number of samples.")
-    check_generators(generator, shape[0])
+    _check_generators(generator, shape[0])
     if device is None:
         some = generator[0] if isinstance(generator, Sequence) and generator else generator
         device = some.device if isinstance(some, Generator) else torch.get_default_device()
@@ -115,15 +116,9 @@ def noise_source(x: Tensor, count: int, generator: Generators, noise: Tensor | N
         ValueError: If both are given, or a wrong number of draws or generators.
     """
     if noise is None:
-        check_generators(generator, len(x))
-        generators: list[Generator] = []
-
-        def draw(number: int) -> Tensor:
-            if not generators:
-                generators.extend(_spread(generator, len(x), x.device))
-            return _draw(generators, x.shape[1:], x.device, x.dtype)
-
-        return draw
+        _check_generators(generator, len(x))
+        own = cache(lambda: _spread(generator, len(x), x.device))  # seeded at the first draw
+        return lambda _: _draw(own(), x.shape[1:], x.device, x.dtype)
     if generator is not None:
         raise ValueError("expected a generator or the noise itself, got both: leave one out.")
     check_tensor(noise, "noise")
@@ -135,28 +130,17 @@ def noise_source(x: Tensor, count: int, generator: Generators, noise: Tensor | N
     return lambda number: noise[number].to(x.device, x.dtype)
 
 
-def check_generators(generator: object, batch: int) -> None:
+def _check_generators(generator: object, batch: int) -> None:
     """Refuse anything but a generator, one per sample, or None."""
-    if generator is None or isinstance(generator, Generator):
-        return
-    if not isinstance(generator, Sequence):
-        raise TypeError(
-            f"generator must be a torch.Generator or a list with one per sample, got {generator!r}: "
-            f"torch.Generator().manual_seed(0) for a seed of 0."
-        )
-    for own in generator:
-        _check_generator(own)
-    if len(generator) != batch:
-        raise ValueError(
-            f"generator must be one, or a list with one for each of {batch} samples, got {len(generator)}."
-        )
-
-
-def _check_generator(generator: object) -> None:
-    if not isinstance(generator, Generator):
-        raise TypeError(
-            f"generator must be a torch.Generator, got {generator!r}: torch.Generator().manual_seed(0) for a seed of 0."
-        )
+    one_each = generator if isinstance(generator, Sequence) else None
+    for own in [] if generator is None else [generator] if one_each is None else one_each:
+        if not isinstance(own, Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator, got {own!r}: torch.Generator().manual_seed(0) for a seed of 0, "
+                f"or a list with one per sample."
+            )
+    if one_each is not None and len(one_each) != batch:
+        raise ValueError(f"generator must be one, or a list with one for each of {batch} samples, got {len(one_each)}.")
 
 
 def _spread(generator: Generators, batch: int, device: torch.device) -> Sequence[Generator]:

@@ -15,28 +15,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import all_true, check_positive
-from .._precision import network_dtype, place
+from .._checks import all_true, check_not_negative
+from .._precision import network_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning
-from ..noise_levels.per_sample import check_noise_level, expand_to
+from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..preconditionings.base import ROUNDING, Preconditioning
 
 NoiseConditioning = Callable[[Tensor], Tensor]
 
 
 class Student(nn.Module):
-    """What all students share: the denoiser around the network.
-
-    Args:
-        network: The raw network F.
-        precond: The jump's preconditioning on the denoiser.
-        sigma_data: Standard deviation of the data.
-        noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If ``sigma_data`` is not positive.
-    """
+    """What all students share: the denoiser around the network."""
 
     def __init__(
         self,
@@ -58,8 +47,7 @@ class Student(nn.Module):
                 f"noise_conditioning must be a function of the noise level, got {noise_conditioning!r}: for example "
                 f"NOISE_CONDITIONINGS['cm']."
             )
-        told = type(precond).network_level is not Preconditioning.network_level
-        if told and precond.sigma_data != sigma_data:
+        if precond.told_lower_level and precond.sigma_data != sigma_data:
             raise ValueError(
                 f"sigma_data must be {precond.sigma_data:g}, the preconditioning's, which scales the input by "
                 f"it, got {sigma_data:g}: fit it again with the student's."
@@ -75,16 +63,16 @@ class Student(nn.Module):
             self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any
         ) -> Tensor: ...
 
-    def _denoiser(self, x: Tensor, *levels: Tensor | float, **condition: Any) -> Tensor:
-        """Return D for one or two levels, the first of them x's own, in float32 or wider."""
+    def _denoiser(self, x: Tensor, *levels: Tensor, **condition: Any) -> Tensor:
+        """Return D in float32 or wider, for one or two levels per sample, the first of them x's own."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        per_sample = [self._per_sample(level, x, wide) for level in levels]
-        edm = self.edm(per_sample[0])
-        c_skip, c_out, c_in = (expand_to(c, x).to(wide) for c in (edm.c_skip, edm.c_out, edm.c_in))
+        levels = tuple(level.to(wide) for level in levels)
+        edm = self.edm(levels[0])
+        c_skip, c_out, c_in = (expand_to(c, x) for c in (edm.c_skip, edm.c_out, edm.c_in))
         if self.noise_conditioning is not None:
-            c_noise = [self.noise_conditioning(t) for t in per_sample]
+            c_noise = [self.noise_conditioning(t) for t in levels]
         else:
-            c_noise = [edm.c_noise, *(self.edm(t).c_noise for t in per_sample[1:])]
+            c_noise = [edm.c_noise, *(self.edm(t).c_noise for t in levels[1:])]
 
         dtype = network_dtype(self.network, x.dtype)
         told = torch.promote_types(dtype, torch.float32)  # float64 grids must not reach a float32 network's embedding
@@ -95,14 +83,6 @@ class Student(nn.Module):
                 f"and unwrap output objects, in an adapter around it."
             )
         return c_skip * x + c_out * output
-
-    @staticmethod
-    def _per_sample(level: Tensor | float, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if isinstance(level, int):
-            raise TypeError(f"noise levels must be floats or floating-point tensors, got {level}: write {level}.0.")
-        level = level if isinstance(level, Tensor) else place(level, x.device, dtype)
-        check_noise_level(level, x)
-        return place(level, x.device, torch.promote_types(level.dtype, torch.float32)).reshape(-1).expand(x.shape[0])
 
 
 class ConsistencyTrajectoryModel(Student):
@@ -144,11 +124,13 @@ class ConsistencyTrajectoryModel(Student):
         """
         if s is None:
             raise TypeError("expected a target noise level s, got none: call student(x_t, t, s), or student.denoise.")
+        t, s = one_per_sample(t, x_t, "t"), one_per_sample(s, x_t, "s")
         x, q = self.precond.query(x_t, t, s)
         return self.precond.jump(x_t, self._denoiser(x, q, s, **condition), t, s).to(x_t.dtype)
 
     def denoise(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
         """Return the denoiser that the student contains: its answer for s = t. Shape and dtype of ``x_t``."""
+        t = one_per_sample(t, x_t)
         return self._denoiser(x_t, t, t, **condition).to(x_t.dtype)
 
 
@@ -184,8 +166,7 @@ class ConsistencyModel(Student):
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
         super().__init__(network, precond, sigma_data, noise_conditioning)
-        if sigma_min != 0:  # which ECT's training jumps reach
-            check_positive(sigma_min, "sigma_min")
+        check_not_negative(sigma_min, "sigma_min")  # 0 is what ECT's training jumps reach
         self.sigma_min = float(sigma_min)
 
     def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
@@ -201,17 +182,17 @@ class ConsistencyModel(Student):
         Returns:
             The data at noise level ``sigma_min``. Shape and dtype of ``x_t``.
         """
-        s = self.sigma_min if s is None else self._target(s, x_t)
+        t, s = one_per_sample(t, x_t), self.sigma_min if s is None else self._target(s, x_t)
         x, q = self.precond.query(x_t, t, s)
         return self.precond.jump(x_t, self._denoiser(x, q, **condition), t, s).to(x_t.dtype)
 
     def denoise(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
         """Return the denoiser that the student contains. Shape and dtype of ``x_t``."""
-        return self._denoiser(x_t, t, **condition).to(x_t.dtype)
+        return self._denoiser(x_t, one_per_sample(t, x_t), **condition).to(x_t.dtype)
 
     def _target(self, s: Tensor | float, x: Tensor) -> Tensor:
         """Return ``s``, NaN where it is not ``sigma_min``; refuse that where the values can be read."""
-        s = self._per_sample(s, x, torch.promote_types(x.dtype, torch.float32))
+        s = one_per_sample(s, x, "s")
         reached = (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
         if all_true(reached) is False:
             raise ValueError(

@@ -1,7 +1,4 @@
-r"""Starting a student as its teacher.
-
-Moving averages of a student, by torch's own `AveragedModel`.
-"""
+r"""A student's weights: taken from its teacher before training, averaged during it, by torch's own `AveragedModel`."""
 
 from __future__ import annotations
 

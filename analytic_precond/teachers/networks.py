@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._checks import check_tensor
 from .._precision import network_dtype, wide_dtype
-from ..noise_levels.per_sample import expand_to
+from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import EDMSchedule, Schedule
 from .predictions import PredictionScalings
 
@@ -72,7 +72,7 @@ class NetworkDenoiser(nn.Module):
             ValueError: If shapes do not fit.
         """
         check_tensor(x, "x")
-        c_skip, c_out, c_in, c_noise = self.scalings(_one_level_per_sample(t, x).to(wide_dtype(x.device)))
+        c_skip, c_out, c_in, c_noise = self.scalings(one_per_sample(t, x).to(wide_dtype(x.device)))
         float_dtype = torch.promote_types(x.dtype, torch.float32)
         z = (expand_to(c_in, x).to(float_dtype) * x).to(self._network_dtype(x.dtype))
 
@@ -202,10 +202,3 @@ class _EDMDenoiser(NetworkDenoiser):
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
         return torch.promote_types(super()._network_dtype(default), torch.float32)
-
-
-def _one_level_per_sample(t: Tensor, x: Tensor) -> Tensor:
-    levels = expand_to(t, x)
-    if levels.shape[1:].numel() != 1:
-        raise ValueError(f"t must hold one noise level per sample, shape ({len(x)},), got {tuple(t.shape)}.")
-    return levels.reshape(-1).expand(len(x))
