@@ -17,7 +17,7 @@ from scipy.optimize import minimize
 from scipy.sparse import csr_array
 
 from ..statistics.moments import Array, reference
-from .jump_regression import LEAST_A, NETWORK, ridge_of, rounding_of
+from .jump_regression import LEAST_A, Means, network_errors
 from .trajectory_moments import ShiftMoments
 
 Indices = NDArray[np.intp]
@@ -60,7 +60,7 @@ def regress_shifted(moments: ShiftMoments, precision: str, sigma_data: float) ->
     answers = _Answers.of(moments, precision)
 
     tabulated = answers.at(i, j, w[i, j] * _PLACES[:, None])
-    network = (NETWORK * sigma_data * levels) ** 2 / (levels**2 + sigma_data**2)
+    network = network_errors(levels, sigma_data)
     miss = np.log((tabulated.miss.clip(min=0) + network[i]) / (tabulated.unexplained + network[i]))
     u = _smooth_shift(-np.log(levels), i, j, w[i, j], miss)
 
@@ -103,8 +103,8 @@ class _Answers(NamedTuple):
 
     @staticmethod
     def of(moments: ShiftMoments, precision: str) -> _Answers:
-        squares = np.diagonal(moments.xx), np.einsum("iii->i", moments.Ex), np.diagonal(moments.EE)
-        return _Answers(moments, ridge_of(moments.levels, *squares, rounding_of(moments.levels, *squares, precision)))
+        unshifted = Means(moments.levels, moments.xx, np.einsum("iij->ij", moments.Ex), np.diagonal(moments.EE))
+        return _Answers(moments, unshifted.ridge(unshifted.rounding(precision)))
 
     def at(self, i: Indices, j: Indices, u: Array) -> _Moments:
         """Return the moments for jumps from level i to level j, asked at u. Shapes ``(P,)``, ``(P,)``, ``(N, P)``."""

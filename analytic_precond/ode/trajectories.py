@@ -73,28 +73,22 @@ def trajectory(denoiser: Denoiser, start: Start, levels: Sequence[float]) -> Ite
         ValueError: If it returns another shape.
     """
     velocity = Velocity.of(denoiser, start.x.to(start.dtype), start.condition)
+
+    def slope(x: Tensor, t: float) -> Tensor:
+        return velocity(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
+
     x, t = start.x, levels[0]
-    slope = velocity(x, _full(t, x))
-    yield x, t * slope
+    slopes = [slope(x, t)]
+    yield x, t * slopes[0]
     for s in levels[1:]:
-        x = _step(velocity, x, t, s, slope)
-        t, slope = s, velocity(x, _full(s, x))
-        yield x, t * slope
-
-
-def _step(velocity: Velocity, x: Tensor, t: float, s: float, slope: Tensor) -> Tensor:
-    """Carry x from t to s, given the slope at t."""
-    slopes = [slope]
-    for place, weights in zip(_PLACES[1:], _STAGES[1:], strict=True):
-        slopes.append(velocity(_along(x, s - t, weights, slopes), _full(t + place * (s - t), x)))
-    return _along(x, s - t, _STEP, slopes)
+        for place, weights in zip(_PLACES[1:], _STAGES[1:], strict=True):
+            slopes.append(slope(_along(x, s - t, weights, slopes), t + place * (s - t)))
+        x, t = _along(x, s - t, _STEP, slopes), s
+        slopes = [slope(x, t)]
+        yield x, t * slopes[0]
 
 
 def _along(x: Tensor, dt: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
     for weight, slope in zip(weights, slopes, strict=True):
         x = x + dt * weight * slope
     return x
-
-
-def _full(t: float, x: Tensor) -> Tensor:
-    return torch.full((len(x),), t, dtype=x.dtype, device=x.device)
