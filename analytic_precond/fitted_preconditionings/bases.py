@@ -66,8 +66,8 @@ class CosineBasis(OrthonormalBasis):
             or len(sample_shape) < 2 + mix_channels
         ):
             raise ValueError(
-                f"a cosine basis needs images (C, H, W) or (H, W) of up to {_LARGEST_MATRIX} in each direction, with "
-                f"channels to mix them, got samples of shape {tuple(sample_shape)}."
+                f"basis 'dct' needs images (C, H, W) or (H, W) of up to {_LARGEST_MATRIX} in each direction, with "
+                f"channels to mix them, got samples of shape {tuple(sample_shape)}: take 'pca' or a matrix."
             )
         super().__init__(sample_shape, sample_shape)
         *channels, height, width = sample_shape
@@ -168,10 +168,6 @@ def choose_basis(basis: str | Tensor, batches: Sequence[Tensor], smallest: float
     shape = tuple(batches[0].shape[1:])
     size = math.prod(shape)
     if isinstance(basis, str) and basis == "dct":
-        if len(shape) not in (2, 3):
-            raise ValueError(
-                f"basis 'dct' needs images (C, H, W) or (H, W), got samples of shape {shape}: take 'pca' or a matrix."
-            )
         mixes = (False, True) if len(shape) == 3 and shape[0] > 1 else (False,)
         candidates = [(c, _variances(c, batches)) for c in (CosineBasis(shape, mix) for mix in mixes)]
         return min(candidates, key=lambda pair: float((pair[1] + smallest).log().sum()))

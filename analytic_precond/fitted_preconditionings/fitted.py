@@ -27,9 +27,6 @@ _LARGEST = 1e30  # far beyond any coefficient, and far from where float32 ends
 class FittedPreconditioning(Preconditioning):
     """A preconditioning made of a table of jumps.
 
-    A module without parameters: its tables travel in the state dict (and fit any other instance of as many levels),
-    move with ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
-
     Args:
         table: The coefficients.
         header: How they were fitted.

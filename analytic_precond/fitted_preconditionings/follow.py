@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,11 +17,10 @@ from .._checks import check_count, check_levels, check_positive
 from .._files import sample_shape_of
 from .._precision import network_dtype, wide_dtype
 from ..data.arguments import check_request, device_of, keywords_of, name_of, warn_if_training
-from ..data.memory import BatchSize, Pieces, largest_batch
+from ..data.memory import BatchSize, Pieces
 from ..data.sources import Batch, iterate_batches, pair_noise
 from ..noise_levels.grids import log_noise_levels
 from ..ode.trajectories import PASSES_PER_STEP, Start, trajectory
-from ..statistics.moments import Array
 from ..teachers.denoiser import Condition, Denoiser
 
 _NUM_LEVELS = 40  # docs/method.md, section 10: c_out is then good to 7e-6
@@ -68,7 +67,7 @@ class Trajectories:
         starts: Where they begin, at the first level.
         levels: Decreasing noise levels. Shape ``(K,)``, float64 on the CPU.
         num: How many there are, unless starts run out.
-        batch_size: Most at a time, or ``"auto"``: a batch that memory cannot hold begins anew in halves.
+        pieces: Cuts batches: with ``"auto"``, one that memory cannot hold begins anew in halves.
         progress: Show a progress bar.
     """
 
@@ -76,7 +75,7 @@ class Trajectories:
     starts: Iterable[Start]
     levels: Tensor
     num: int
-    batch_size: BatchSize = "auto"
+    pieces: Pieces = field(default_factory=lambda: Pieces("auto"))
     progress: bool = False
 
     @torch.no_grad()
@@ -108,10 +107,10 @@ class Trajectories:
             add(piece, points, partial(bar.update, len(piece.x)))
             return len(piece.x)
 
-        total, pieces = self.num * passes, Pieces(self.batch_size)
+        total = self.num * passes
         with tqdm(total=total, desc="trajectories", unit=" passes", unit_scale=True, disable=not self.progress) as bar:
             for start in self.starts:
-                done = pieces(len(start.x), partial(work, start), f"trajectories from {start.first} on")
+                done = self.pieces(len(start.x), partial(work, start), f"trajectories from {start.first} on")
                 count += sum(num for _, num in done)
         return count
 
@@ -137,10 +136,6 @@ class FitRun:
         self.batches = list(self.batches)
         return [batch.x for batch in self.batches]
 
-    def header_of(self, counts: Array) -> FitHeader:
-        """Return the header once trajectories are counted: there are fewer where data ran out."""
-        return replace(self.header, num_trajectories=int(counts.sum()))
-
 
 @contextmanager
 def fit_run(
@@ -164,10 +159,10 @@ def fit_run(
     check_count(num_trajectories, 1, "num_trajectories")
     check_positive(sigma_data, "sigma_data")
     check_request(batch_size, seed, condition, description)
-    warn_if_training(denoiser)
     name = name_of(denoiser, description)
     place = device_of(denoiser, data) if device is None else torch.device(device)
-    grid = levels.detach().to("cpu", torch.float64)
+    warn_if_training(denoiser)
+    grid, pieces = levels.detach().to("cpu", torch.float64), Pieces(batch_size)
 
     def starts() -> Iterator[Start]:
         """Yield the clean data with noise of their own, at the first level."""
@@ -181,13 +176,13 @@ def fit_run(
 
     with torch.random.fork_rng(devices=[place] if place is not None and place.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles
-        batches = _same_shapes(iterate_batches(data, num_trajectories, largest_batch(batch_size), seed), place)
+        batches = _same_shapes(iterate_batches(data, num_trajectories, pieces.size, seed), place)
         first = next(batches)
         precision = network_dtype(denoiser, torch.promote_types(first.x.dtype, torch.float32))
         header = FitHeader(
             num_trajectories, seed, tuple(first.x.shape[1:]), str(precision).removeprefix("torch."), name
         )
-        trajectories = Trajectories(denoiser, starts(), grid, num_trajectories, batch_size, progress)
+        trajectories = Trajectories(denoiser, starts(), grid, num_trajectories, pieces, progress)
         run = FitRun(trajectories, header, sigma_data, chain([first], batches))
         yield run
 

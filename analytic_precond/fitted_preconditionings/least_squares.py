@@ -2,6 +2,7 @@ r"""Jumps by least squares along the teacher's own trajectories (docs/method.md,
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,8 @@ class LeastSquaresPreconditioning(FittedPreconditioning):
         errors = (np.multiply(tau, e[0], out=np.zeros_like(tau), where=tau > 0) for e in (b_error, a_error))
         standard_errors = Scalings(*(torch.from_numpy(error) for error in errors))
         table = JumpTable.of(moments.levels, a, b)
-        return cls(table, run.header_of(moments.counts), run.sigma_data, standard_errors)
+        header = replace(run.header, num_trajectories=int(moments.counts.sum()))
+        return cls(table, header, run.sigma_data, standard_errors)
 
     def _own_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         c_skip, c_out = self.standard_errors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -116,7 +117,8 @@ class PerModePreconditioning(FittedPreconditioning):
         blocks = min(_BLOCKS, trajectories.num)
         moments = trajectory_moments(trajectories, blocks, members, lambda x: modes.to_modes(x).flatten(1))
         table = JumpTable.of(moments.levels, *regress_groups(moments, run.header.precision), torch.float32)
-        return cls(table, run.header_of(moments.counts), run.sigma_data, modes.cpu(), groups)
+        header = replace(run.header, num_trajectories=int(moments.counts.sum()))
+        return cls(table, header, run.sigma_data, modes.cpu(), groups)
 
     @property
     def coefficient_shape(self) -> tuple[int, ...]:

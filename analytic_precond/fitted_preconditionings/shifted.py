@@ -3,6 +3,7 @@ r"""Least-squares jumps that ask the network at a lower noise level (docs/method
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,26 +104,20 @@ class ShiftedPreconditioning(FittedPreconditioning):
 
     @classmethod
     def _regressed(cls, run: FitRun) -> ShiftedPreconditioning:
-        from .shift_regression import regress_shifted  # imports scipy's splines and optimisers: slow, only needed here
-
         _check_spacing(run.trajectories.levels)
         moments = shift_moments(run.trajectories, run.sigma_data)
+
+        from .shift_regression import regress_shifted  # imports scipy's splines and optimisers: slow, only needed here
+
         a, b, rate = regress_shifted(moments, run.header.precision, run.sigma_data)
+        table = JumpTable.of(moments.levels, a[None], b[None])
         control = SplineTable.control_points(moments.levels, rate[None])
         shift = SplineTable(torch.from_numpy(moments.levels), torch.from_numpy(control))
-        table = JumpTable.of(moments.levels, a[None], b[None])
-        return cls(table, run.header_of(moments.counts), run.sigma_data, shift)
+        header = replace(run.header, num_trajectories=int(moments.counts.sum()))
+        return cls(table, header, run.sigma_data, shift)
 
     def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
-        """Return the noise level that the network is told on a jump from t to s.
-
-        Args:
-            t: Noise levels to start from.
-            s: Noise levels to reach, at most ``t``.
-
-        Returns:
-            Noise levels from ``s`` to ``t``, in the broadcast shape; NaN where levels are out of range.
-        """
+        """Return the noise level, from s to t, that the network is told on a jump; NaN where they are out of range."""
         dtype = torch.promote_types(t.dtype, s.dtype if isinstance(s, Tensor) else t.dtype)
         t, s, valid = self._levels(place(t, self._device, t.dtype), s)
         rate = self.shift(t, s)[0].clamp(0, 1)

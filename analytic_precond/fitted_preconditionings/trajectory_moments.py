@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from ..ode.steps import Velocity
 from ..ode.trajectories import Start
 from ..statistics.moments import Array, num_groups, reference
 from .follow import Points, Trajectories
+
+_zeros = partial(torch.zeros, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,7 @@ def trajectory_moments(
 
     Returns:
         The moments; a block left without trajectories, where starts ran out, is left out.
-
-    Raises:
-        TypeError: If the teacher does not return a floating-point tensor.
-        ValueError: If it returns another shape, or a value that is not finite (the error names the level).
     """
-    num_blocks = num_groups(trajectories.num) if num_blocks is None else num_blocks
     sums = _Sums(trajectories, num_blocks, groups, to_modes)
     trajectories.follow(sums.add)
     return sums.close()
@@ -111,14 +109,15 @@ class _Sums:
     def __init__(
         self,
         trajectories: Trajectories,
-        num_blocks: int,
+        num_blocks: int | None,
         groups: Sequence[Tensor | slice],
         to_modes: Callable[[Tensor], Tensor],
     ) -> None:
         self.levels, self.num = trajectories.levels, trajectories.num
         self.groups, self.to_modes = groups, to_modes
         self.left = torch.from_numpy(1 - reference(self.levels.numpy()))  # of x - D, E is left x - (x - D)
-        N, G, K = num_blocks, len(groups), len(self.levels)
+        N = num_groups(self.num) if num_blocks is None else num_blocks
+        G, K = len(groups), len(self.levels)
         self.counts, self.sizes = _zeros(N), _zeros(G)
         self.xx, self.Ex, self.EE = _zeros(N, G, K, K), _zeros(N, G, K, K), _zeros(N, G, K)
 
@@ -166,10 +165,6 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
 
     Returns:
         The moments.
-
-    Raises:
-        TypeError: If the teacher does not return a floating-point tensor.
-        ValueError: If it returns another shape, or a value that is not finite (the error names the level).
     """
     levels = trajectories.levels
     grid, K = levels.tolist(), len(levels)
@@ -213,7 +208,3 @@ def _check_answers(finite: Tensor, levels: Tensor) -> None:
             f"{k}) or on the way to it: check its weights and precision (fp16 ends at 65504), and that data are in its "
             f"range."
         )
-
-
-def _zeros(*shape: int) -> Tensor:
-    return torch.zeros(*shape, dtype=torch.float64, device="cpu")

@@ -52,6 +52,8 @@ class Start(NamedTuple):
 
     def rows(self, rows: slice) -> Start:
         """Return the beginning of some of them."""
+        if rows == slice(0, len(self.x)):  # mostly
+            return self
         index = torch.arange(rows.start, rows.stop, device="cpu")
         condition = condition_rows(self.condition, index, len(self.x))
         return Start(self.first + rows.start, self.x[rows], self.dtype, condition)
@@ -77,18 +79,18 @@ def trajectory(denoiser: Denoiser, start: Start, levels: Sequence[float]) -> Ite
     def slope(x: Tensor, t: float) -> Tensor:
         return velocity(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
 
+    def along(x: Tensor, dt: float, weights: Sequence[float]) -> Tensor:
+        for weight, taken in zip(weights, slopes, strict=True):
+            x = x + dt * weight * taken
+        return x
+
     x, t = start.x, levels[0]
     slopes = [slope(x, t)]
     yield x, t * slopes[0]
     for s in levels[1:]:
+        dt = s - t
         for place, weights in zip(_PLACES[1:], _STAGES[1:], strict=True):
-            slopes.append(slope(_along(x, s - t, weights, slopes), t + place * (s - t)))
-        x, t = _along(x, s - t, _STEP, slopes), s
+            slopes.append(slope(along(x, dt, weights), t + place * dt))
+        x, t = along(x, dt, _STEP), s
         slopes = [slope(x, t)]
         yield x, t * slopes[0]
-
-
-def _along(x: Tensor, dt: float, weights: Sequence[float], slopes: Sequence[Tensor]) -> Tensor:
-    for weight, slope in zip(weights, slopes, strict=True):
-        x = x + dt * weight * slope
-    return x
