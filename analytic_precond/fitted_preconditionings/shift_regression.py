@@ -26,8 +26,8 @@ Indices = NDArray[np.intp]
 # changes by 1e-3 to 5e-3 (RMS; 0.03 at most), with 33 by 4e-3 to 1e-2, with 17 by 1e-2 to 2e-2
 _PLACES = np.linspace(0, 1, 65)
 
-# Weights against the logarithm of the miss. Tables of 0.1 and 0.02 are less smooth, and students trained from them about
-# as fast (docs/evidence.md, "The tables' smoothness")
+# Weights against the logarithm of the miss. Tables of 0.1 and 0.02 are less smooth; students trained from them about as
+# fast (docs/evidence.md, "The tables' smoothness")
 _SMOOTHNESS = 1.0  # of u's squared second derivatives in lambda
 
 _PULL = 0.005  # of u's square, which decides where the miss does not
@@ -162,9 +162,9 @@ def _smooth_shift(lam: Array, i: Indices, j: Indices, w: Array, miss: Array) -> 
         slope = (3 * c3 * v + 2 * c2) * v + c1 + 2 * w * (_SMOOTHNESS * (rough.T @ bend) + _PULL * u)
         return float(value), slope
 
-    # There are local minima: in one of three Gaussians and a mixture the start from 0.6 ended 0.007 above the others, in
-    # the rest all three agreed to 1e-9. And where one stops early, rounding decides the answer: these end by themselves,
-    # after 670 to 1030 iterations
+    # There are local minima: in one of three Gaussians the start from 0.6 ended 0.007 above the others, in the rest and in
+    # a mixture all three agreed to 1e-9. And where one stops early, rounding decides the answer: these ended of
+    # themselves, after 670 to 1030 iterations
     starts = (_PLACES[miss.argmin(0)], np.full(len(w), 0.2), np.full(len(w), 0.6))
     options = {"maxiter": 20000, "maxfun": 40000, "ftol": 1e-14, "gtol": 1e-8}
     bounds = [(0, 1)] * len(w)
