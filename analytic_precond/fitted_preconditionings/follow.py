@@ -78,7 +78,6 @@ class Trajectories:
     pieces: Pieces = field(default_factory=lambda: Pieces("auto"))
     progress: bool = False
 
-    @torch.no_grad()
     def follow(self, add: Callable[[Start, Points, Callable[[], object]], None], more_passes: int = 0) -> int:
         """Follow them batch by batch, and hand each batch on.
 
@@ -166,15 +165,14 @@ def fit_run(
 
     def starts() -> Iterator[Start]:
         """Yield the clean data with noise of their own, at the first level."""
-        for batch in run.batches:
-            x_0 = batch.x
+        for batch in run.batches:  # once they are asked for: `hold` may come between
+            x_0, wide = batch.x, wide_dtype(batch.x.device)
             noise = pair_noise(seed, batch.first, len(x_0), x_0.shape[1:], probes=False)[0]
-            wide = wide_dtype(x_0.device)
             keywords = keywords_of(condition, batch.extra, denoiser, x_0.device)
             x = x_0.to(wide) + grid[0].item() * noise.to(x_0.device, wide)
             yield Start(batch.first, x, torch.promote_types(x_0.dtype, torch.float32), keywords)
 
-    with torch.random.fork_rng(devices=[place] if place is not None and place.type == "cuda" else []):
+    with torch.no_grad(), torch.random.fork_rng([place] if place is not None and place.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles
         batches = _same_shapes(iterate_batches(data, num_trajectories, pieces.size, seed), place)
         first = next(batches)

@@ -162,8 +162,8 @@ def _smooth_shift(lam: Array, i: Indices, j: Indices, w: Array, miss: Array) -> 
         slope = (3 * c3 * v + 2 * c2) * v + c1 + 2 * w * (_SMOOTHNESS * (rough.T @ bend) + _PULL * u)
         return float(value), slope
 
-    # There are local minima: in one of three Gaussians the start from 0.6 ended 0.007 above the others, in the rest and in
-    # a mixture all three agreed to 1e-9. And where one stops early, rounding decides the answer: these ended of
+    # There are local minima: in one of three Gaussians the start from 0.6 ended 0.007 above the others, in the rest and
+    # in a mixture all three agreed to 1e-9. And where one stops early, rounding decides the answer: these ended of
     # themselves, after 670 to 1030 iterations
     starts = (_PLACES[miss.argmin(0)], np.full(len(w), 0.2), np.full(len(w), 0.6))
     options = {"maxiter": 20000, "maxfun": 40000, "ftol": 1e-14, "gtol": 1e-8}

@@ -98,60 +98,40 @@ def trajectory_moments(
     Returns:
         The moments; a block left without trajectories, where starts ran out, is left out.
     """
-    sums = _Sums(trajectories, num_blocks, groups, to_modes)
-    trajectories.follow(sums.add)
-    return sums.close()
+    levels, K, G = trajectories.levels, len(trajectories.levels), len(groups)
+    N = num_groups(trajectories.num) if num_blocks is None else num_blocks
+    left = torch.from_numpy(1 - reference(levels.numpy()))
+    counts, sizes = _zeros(N), _zeros(G)
+    sums = _zeros(N, G, K, K), _zeros(N, G, K, K), _zeros(N, G, K)
 
-
-class _Sums:
-    """The moments while they are summed, on the CPU in float64."""
-
-    def __init__(
-        self,
-        trajectories: Trajectories,
-        num_blocks: int | None,
-        groups: Sequence[Tensor | slice],
-        to_modes: Callable[[Tensor], Tensor],
-    ) -> None:
-        self.levels, self.num = trajectories.levels, trajectories.num
-        self.groups, self.to_modes = groups, to_modes
-        self.left = torch.from_numpy(1 - reference(self.levels.numpy()))  # of x - D, E is left x - (x - D)
-        N = num_groups(self.num) if num_blocks is None else num_blocks
-        G, K = len(groups), len(self.levels)
-        self.counts, self.sizes = _zeros(N), _zeros(G)
-        self.xx, self.Ex, self.EE = _zeros(N, G, K, K), _zeros(N, G, K, K), _zeros(N, G, K)
-
-    def add(self, start: Start, points: Points, _: object) -> None:
-        """Add a batch: all of it or, where memory runs out, nothing."""
-        # 1. the points' coordinates, and E. Shapes (K, B, d)
-        x, removed = (torch.stack([self.to_modes(part) for part in parts]) for parts in zip(*points, strict=True))
-        E = self.left.to(x)[:, None, None] * x - removed
-        _check_answers(E.isfinite().flatten(1).all(1), self.levels)
-        if self.counts.sum() == 0:
-            self.sizes[:] = torch.tensor([x[0, 0, g].numel() for g in self.groups], device="cpu")
+    def add(start: Start, points: Points, _: object) -> None:
+        # 1. the points' coordinates, and E = left x - (x - D). Shapes (K, B, d)
+        x, removed = (torch.stack([to_modes(part) for part in parts]) for parts in zip(*points, strict=True))
+        E = left.to(x)[:, None, None] * x - removed
+        _check_answers(E.isfinite().flatten(1).all(1), levels)
+        sizes[:] = torch.tensor([x[0, 0, group].numel() for group in groups], device="cpu")
         # 2. their products, block by block and group by group, where the points are
-        trajectory = torch.arange(start.first, start.first + x.shape[1], device="cpu")
-        blocks, found = trajectory * len(self.counts) // self.num, []
+        found = []
+        blocks = torch.arange(start.first, start.first + x.shape[1], device="cpu") * N // trajectories.num
         for block in blocks.unique().tolist():
             rows = (blocks == block).to(x.device)
             x_rows, E_rows = x[:, rows], E[:, rows]
-            products = [self._products(x_rows[..., g].flatten(1), E_rows[..., g].flatten(1)) for g in self.groups]
-            found.append((block, x_rows.shape[1], [torch.stack(p).cpu() for p in zip(*products, strict=True)]))
-        # 3. nothing that takes memory any more: the sums
+            products = [_products(x_rows[..., group].flatten(1), E_rows[..., group].flatten(1)) for group in groups]
+            found.append((block, x_rows.shape[1], [torch.stack(part).cpu() for part in zip(*products, strict=True)]))
+        # 3. the sums: all of the batch, since here memory no longer runs out
         for block, count, parts in found:
-            self.counts[block] += count
-            for total, part in zip((self.xx, self.Ex, self.EE), parts, strict=True):
-                total[block] += part / self.sizes.reshape(-1, *[1] * (total.ndim - 2))
+            counts[block] += count
+            for total, part in zip(sums, parts, strict=True):
+                total[block] += part / sizes.reshape(-1, *[1] * (total.ndim - 2))
 
-    @staticmethod
-    def _products(x: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x @ x.T, E @ x.T, E.square().sum(1)
+    trajectories.follow(add)
+    filled = counts > 0
+    products = (total[filled].numpy() for total in sums)
+    return TrajectoryMoments(levels.numpy(), counts[filled].numpy(), sizes.numpy(), *products)
 
-    def close(self) -> TrajectoryMoments:
-        """Return the moments of the blocks that are not empty."""
-        filled = self.counts > 0
-        parts = (self.levels, self.counts[filled], self.sizes, self.xx[filled], self.Ex[filled], self.EE[filled])
-        return TrajectoryMoments(*(part.numpy() for part in parts))
+
+def _products(x: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x @ x.T, E @ x.T, E.square().sum(1)
 
 
 def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments:
