@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from .._precision import FixedPrecisionModule, wide_dtype
 
 _LARGEST_MATRIX = 4096  # elements of a sample: the matrix then has 128 MiB
 
-_MOST_GROUPS = 256
+_MOST_GROUPS = 256  # of modes; 106 for a U-Net's 768 raise its untrained miss by less than 1 %
 
 _ORTHONORMAL = 1e-5  # what float32 leaves of Q^T Q = I
 
@@ -65,8 +66,8 @@ class CosineBasis(OrthonormalBasis):
             or len(sample_shape) < 2 + mix_channels
         ):
             raise ValueError(
-                f"a cosine basis needs images (C, H, W) or (H, W) of up to {_LARGEST_MATRIX} in each direction, with "
-                f"channels to mix them, got samples of shape {tuple(sample_shape)}."
+                f"basis 'dct' needs images (C, H, W) or (H, W) of up to {_LARGEST_MATRIX} in each direction, with "
+                f"channels to mix them, got samples of shape {tuple(sample_shape)}: take 'pca' or a matrix."
             )
         super().__init__(sample_shape, sample_shape)
         *channels, height, width = sample_shape
@@ -117,10 +118,9 @@ class MatrixBasis(OrthonormalBasis):
 
 def cosine_matrix(n: int) -> Tensor:
     """Return the DCT-II matrix of n points, orthonormal rows, the lowest frequency first. Shape ``(n, n)``."""
-    k = torch.arange(n, dtype=torch.float64, device="cpu")
-    matrix = (math.pi / n * k[:, None] * (k + 0.5)).cos() * math.sqrt(2 / n)
-    matrix[0] = math.sqrt(1 / n)
-    return matrix
+    from scipy.fft import dct  # only where a basis is made
+
+    return torch.from_numpy(dct(np.eye(n), norm="ortho", axis=0))
 
 
 def check_basis(basis: object) -> None:
@@ -168,10 +168,6 @@ def choose_basis(basis: str | Tensor, batches: Sequence[Tensor], smallest: float
     shape = tuple(batches[0].shape[1:])
     size = math.prod(shape)
     if isinstance(basis, str) and basis == "dct":
-        if len(shape) not in (2, 3):
-            raise ValueError(
-                f"basis 'dct' needs images (C, H, W) or (H, W), got samples of shape {shape}: take 'pca' or a matrix."
-            )
         mixes = (False, True) if len(shape) == 3 and shape[0] > 1 else (False,)
         candidates = [(c, _variances(c, batches)) for c in (CosineBasis(shape, mix) for mix in mixes)]
         return min(candidates, key=lambda pair: float((pair[1] + smallest).log().sum()))
@@ -213,28 +209,17 @@ def tie_modes(variances: Tensor, smallest: float) -> Tensor:
 
 def _principal_axes(batches: Sequence[Tensor]) -> Tensor:
     """Return the eigenvectors of the data's covariance as columns, the largest variance first."""
-    mean = _mean(batches).flatten()
-    covariance = torch.zeros(len(mean), len(mean), dtype=mean.dtype, device=mean.device)
-    for batch in batches:
-        x = batch.flatten(1).to(mean.dtype) - mean
-        covariance += x.T @ x
+    x = torch.cat([batch.flatten(1) for batch in batches]).to(wide_dtype(batches[0].device))
+    covariance = torch.cov(x.T, correction=0).reshape(x.shape[1], -1)  # torch makes a number of a single element's
     axes: Tensor = torch.linalg.eigh(covariance.to("cpu", torch.float64)).eigenvectors
     return axes.flip(1)
 
 
 def _variances(basis: OrthonormalBasis, batches: Sequence[Tensor]) -> Tensor:
     """Return the data's variance per mode, about the mean. Float64 on the CPU, of the modes' shape."""
-    basis.to(batches[0].device)
-    mean, count = _mean(batches), sum(map(len, batches))
-    total = torch.zeros(basis.mode_shape, dtype=mean.dtype, device=mean.device)
-    for batch in batches:
-        total += basis.to_modes(batch.to(mean.dtype) - mean).square().sum(0)
-    return total.to("cpu", torch.float64) / count
-
-
-def _mean(batches: Sequence[Tensor]) -> Tensor:
-    device = batches[0].device
-    total = torch.zeros(batches[0].shape[1:], dtype=wide_dtype(device), device=device)
-    for batch in batches:
-        total += batch.to(total.dtype).sum(0)
-    return total / sum(map(len, batches))
+    device, count = batches[0].device, sum(map(len, batches))
+    basis.to(device)
+    wide = wide_dtype(device)
+    mean = sum(batch.to(wide).sum(0) for batch in batches) / count
+    total = sum(basis.to_modes(batch.to(wide) - mean).square().sum(0) for batch in batches)
+    return torch.as_tensor(total).to("cpu", torch.float64) / count

@@ -1,64 +1,27 @@
-r"""What preconditionings have in common that are tables fitted to a teacher's trajectories: range, header, file."""
+r"""What preconditionings have in common that are tables fitted to a teacher's trajectories: fit, range, file."""
 
 from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_levels
-from .._files import read_tensors, sample_shape_of, write_tensors
-from ..preconditionings.base import Preconditioning
-from .jump_table import JumpTable
+from .._files import read_tensors, write_tensors
+from ..data.memory import BatchSize
+from ..preconditionings.base import Preconditioning, Scalings
+from ..teachers.denoiser import Condition, Denoiser
+from .follow import FitHeader, FitRun, fit_run
+from .jump_regression import JumpTable
 
 Fitted = TypeVar("Fitted", bound="FittedPreconditioning")
 
 _LARGEST = 1e30  # far beyond any coefficient, and far from where float32 ends
-
-
-@dataclass(frozen=True)
-class FitHeader:
-    """How jumps were fitted; it travels in the file's header.
-
-    Attributes:
-        num_trajectories: Number of the teacher's trajectories.
-        seed: Seed of noise and data order.
-        sample_shape: Shape of one data sample.
-        precision: The dtype of the teacher, e.g. ``"float32"``.
-        description: The teacher, in words.
-    """
-
-    num_trajectories: int
-    seed: int
-    sample_shape: tuple[int, ...]
-    precision: str
-    description: str
-
-    @staticmethod
-    def of(header: Mapping[str, Any]) -> FitHeader:
-        """Return the header that a file's says it is, checked.
-
-        Args:
-            header: The file's header.
-
-        Returns:
-            The fit's own part of it.
-
-        Raises:
-            ValueError: If a field is missing or of another kind.
-        """
-        kinds = {"num_trajectories": int, "seed": int, "sample_shape": list, "precision": str, "description": str}
-        for name, kind in kinds.items():
-            if type(header.get(name)) is not kind:
-                raise ValueError(f"header field {name!r} must be of type {kind.__name__}, got {header.get(name)!r}")
-        if header["num_trajectories"] < 1 or not 0 <= header["seed"] < 2**64:
-            raise ValueError(f"there must be trajectories, of a seed below 2**64, got {header}")
-        return FitHeader(**{name: header[name] for name in kinds} | {"sample_shape": sample_shape_of(header)})
 
 
 class FittedPreconditioning(Preconditioning):
@@ -75,6 +38,64 @@ class FittedPreconditioning(Preconditioning):
         self.table = table
         self.header = header
 
+    @classmethod
+    def fit(
+        cls: type[Fitted],
+        denoiser: Denoiser,
+        data: object,
+        levels: Tensor | None = None,
+        num_trajectories: int = 2048,
+        batch_size: BatchSize = 256,
+        seed: int = 0,
+        sigma_data: float = 0.5,
+        progress: bool = True,
+        *,
+        condition: Callable[..., Condition] | None = None,
+        device: torch.device | str | None = None,
+        description: str | None = None,
+    ) -> Fitted:
+        r"""Follow the teacher's trajectories, and regress.
+
+        A trajectory starts from a data sample with noise, $x_0 + \sigma_{max} n$. With K levels it takes ``6 K - 5``
+        evaluations of the teacher: 235 by default, 481,280 in all, and ``16 K batch_size d`` bytes of memory.
+
+        Args:
+            denoiser: The teacher, in eval mode: called as ``denoiser(x, t, **condition)`` with ``x`` of shape
+                ``(B, ...)`` in its parameters' dtype, or the data's where it has none, and ``t`` of shape ``(B,)``.
+            data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset, a DataLoader or an iterable of
+                batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
+            levels: Decreasing noise levels to regress at, shape ``(K,)``, which are also the steps of the ODE; jumps
+                between any others are interpolated. Default: 40 from 80 to 0.002, uniform in lambda.
+            num_trajectories: Number of trajectories.
+            batch_size: Largest batch that the teacher sees. ``"auto"`` begins at 256 and halves it where memory runs
+                out. It does not change the result, beyond rounding.
+            seed: Seed of noise and data order; the same seed gives the same numbers. The global RNG is left as it was.
+            sigma_data: Standard deviation of the data, for `on_network`.
+            progress: Show a progress bar.
+            condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments, e.g.
+                ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored.
+            device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
+            description: The teacher in words, for the file's header. Default: its name.
+
+        Returns:
+            The preconditioning, on the CPU, for jumps between ``levels[0]`` and ``levels[-1]``.
+
+        Raises:
+            TypeError: If an argument has the wrong type, or data are not floating-point.
+            ValueError: If an argument is out of range, data are empty or not finite, or the teacher returns a wrong
+                shape or a value that is not finite (the error names the level).
+        """
+        with fit_run(
+            denoiser, data, levels, num_trajectories, batch_size, seed, sigma_data, progress, condition, device,
+            description,
+        ) as run:  # fmt: skip
+            return cls._regressed(run)
+
+    @classmethod
+    @abstractmethod
+    def _regressed(cls: type[Fitted], run: FitRun) -> Fitted:
+        """Follow the teacher, regress, and tabulate."""
+
     @property
     def levels(self) -> Tensor:
         """The levels that were regressed at, decreasing, on the CPU. Shape ``(K,)``."""
@@ -89,6 +110,11 @@ class FittedPreconditioning(Preconditioning):
     def sigma_min(self) -> float:
         """The cleanest level."""
         return self.table.sigma_min
+
+    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
+        """Return the coefficients for valid levels."""
+        c_skip, c_out = self.table.jumps(t, s)
+        return Scalings(c_skip[0], c_out[0])
 
     def extra_repr(self) -> str:
         """Say what was fitted; part of ``repr``."""
@@ -107,7 +133,7 @@ class FittedPreconditioning(Preconditioning):
             FileNotFoundError: If the folder does not exist.
             ValueError: If ``path`` is a folder.
         """
-        header, tensors = self._to_file()
+        header, tensors = self._own_parts()
         header |= {**asdict(self.header), "sigma_data": self.sigma_data}
         table = self.table.state_dict()  # the float64 tables, whatever the device computes with
         tensors |= {"levels": table["levels"], "control": table["control"]}
@@ -127,13 +153,12 @@ class FittedPreconditioning(Preconditioning):
             FileNotFoundError: If there is no such file.
             ValueError: If the file is anything but a whole file of consistent tables.
         """
-        header, tensors = read_tensors(path, cls._kind())
+        file = FitFile(*read_tensors(path, cls._kind()))
         try:
-            table = _table_of(tensors)
-            sigma_data = header.get("sigma_data")
+            table, header, sigma_data = file.table(), FitHeader.of(file.header), file.header.get("sigma_data")
             if not isinstance(sigma_data, float):
                 raise ValueError(f"header field 'sigma_data' must be a number, got {sigma_data!r}")
-            return cls._from_file(table, FitHeader.of(header), sigma_data, header, tensors)
+            return cls(table, header, sigma_data, *cls._parts_from(file, table, header))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"expected a {cls.__name__} in {path}, got parts that do not fit: {error!s:.500}"
@@ -144,62 +169,47 @@ class FittedPreconditioning(Preconditioning):
         return f"{cls.__name__} 1"  # what a file is, and the version of its layout
 
     @abstractmethod
-    def _to_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _own_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return what else belongs in the file: header fields and tensors."""
 
     @classmethod
     @abstractmethod
-    def _from_file(
-        cls: type[Fitted],
-        table: JumpTable,
-        fit: FitHeader,
-        sigma_data: float,
-        header: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-    ) -> Fitted:
-        """Build the preconditioning from the parts, and what `_to_file` gave."""
+    def _parts_from(cls, file: FitFile, table: JumpTable, header: FitHeader) -> tuple[Any, ...]:
+        """Return the constructor's other arguments, from what `_own_parts` gave."""
 
 
-def expect(
-    tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype, finite: bool = True
-) -> Tensor:
-    """Return a copy of a tensor in a file, made once its dtype and shape are as expected.
+class FitFile(NamedTuple):
+    """What a file holds, nothing of it checked yet."""
 
-    Args:
-        tensors: The file's tensors.
-        name: Which one.
-        shape: Its shape.
-        dtype: Its dtype.
-        finite: Refuse NaN and infinity.
+    header: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
 
-    Returns:
-        The copy.
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, finite: bool = True) -> Tensor:
+        """Return a copy of a tensor, or raise a ValueError unless it has this shape and dtype, and is finite."""
+        tensor = self.tensors.get(name)
+        if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
+            got = "nothing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name} must be {dtype} of shape {shape}, got {got}")
+        tensor = tensor.clone()  # before it is looked at: the file may change
+        if finite:
+            check_finite(tensor, name)
+        return tensor
 
-    Raises:
-        ValueError: If it is missing, of another shape or dtype, or not finite where it must be.
-    """
-    tensor = tensors.get(name)
-    if tensor is None or tensor.shape != shape or tensor.dtype != dtype:
-        got = "nothing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-        raise ValueError(f"{name} must be {dtype} of shape {shape}, got {got}")
-    tensor = tensor.clone()
-    if finite:
-        check_finite(tensor, name)
-    return tensor
-
-
-def _table_of(tensors: Mapping[str, Tensor]) -> JumpTable:
-    if not {"levels", "control"} <= tensors.keys():
-        raise ValueError(f"tensors levels and control are needed, got {sorted(tensors)}")
-    K, functions = tensors["levels"].numel(), tensors["control"].shape[-1:].numel()
-    if functions % 2 or not functions:
-        raise ValueError(f"control must hold a and b for each group, got {functions} functions")
-    dtype = torch.float32 if tensors["control"].dtype == torch.float32 else torch.float64
-    control = expect(tensors, "control", (K, K, functions), dtype)
-    if bool((control.abs() > _LARGEST).any()):
-        raise ValueError(f"control must be coefficients of jumps, got {control.abs().max().item():.3g}")
-    levels = expect(tensors, "levels", (K,), torch.float64)
-    check_levels(levels)
-    table = JumpTable(levels, control)
-    check_finite(table.basis, "splines through levels")
-    return table
+    def table(self) -> JumpTable:
+        """Return the table of jumps, or raise a ValueError."""
+        if not {"levels", "control"} <= self.tensors.keys():
+            raise ValueError(f"tensors levels and control are needed, got {sorted(self.tensors)}")
+        levels, control = self.tensors["levels"], self.tensors["control"]
+        K, functions = levels.numel(), control.shape[-1:].numel()
+        if functions % 2 or not functions:
+            raise ValueError(f"control must hold a and b for each group, got {functions} functions")
+        control = self.tensor(
+            "control", (K, K, functions), torch.float32 if control.dtype == torch.float32 else torch.float64
+        )
+        if bool((control.abs() > _LARGEST).any()):
+            raise ValueError(f"control must be coefficients of jumps, got {control.abs().max().item():.3g}")
+        levels = self.tensor("levels", (K,), torch.float64)
+        check_levels(levels)
+        table = JumpTable(levels, control)
+        check_finite(table.basis, "splines through levels")
+        return table

@@ -1,123 +1,188 @@
-r"""From a teacher and data to the moments of its trajectories: what the fits of all jumps have in common."""
+r"""Following a teacher's ODE from noised data: what a fit asks for, checked once, and the one loop over batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
-from .._checks import check_count, check_levels
+from .._checks import check_count, check_levels, check_positive
+from .._files import sample_shape_of
 from .._precision import network_dtype, wide_dtype
 from ..data.arguments import check_request, device_of, keywords_of, name_of, warn_if_training
-from ..data.memory import BatchSize, largest_batch
+from ..data.memory import BatchSize, Pieces
 from ..data.sources import Batch, iterate_batches, pair_noise
 from ..noise_levels.grids import log_noise_levels
-from ..ode.trajectories import Start
-from ..statistics.moments import Array
+from ..ode.trajectories import PASSES_PER_STEP, Start, trajectory
 from ..teachers.denoiser import Condition, Denoiser
-from .fitted import FitHeader
-from .trajectory_moments import flat
 
-_NUM_LEVELS = 40
+_NUM_LEVELS = 40  # docs/method.md, section 10: c_out is then good to 7e-6
 
-
-class Counted(Protocol):
-    """Moments that know how many trajectories they are of."""
-
-    @property
-    def counts(self) -> Array:
-        """Trajectories per block."""
+Points = list[tuple[Tensor, Tensor]]  # x and x - D(x, t), level after level. Shapes (B, ...)
 
 
-Moments = TypeVar("Moments", bound=Counted)
-
-
-class Coordinates(NamedTuple):
-    """What products are averaged over.
+@dataclass(frozen=True)
+class FitHeader:
+    """How jumps were fitted; it travels in the file's header.
 
     Attributes:
-        groups: Indices of the coordinates in each group.
-        to_modes: Maps samples to coordinates in an orthonormal basis. Shapes ``(B, ...)`` to ``(B, d)``.
+        num_trajectories: Number of the teacher's trajectories.
+        seed: Seed of noise and data order.
+        sample_shape: Shape of one data sample.
+        precision: The dtype of the teacher, e.g. ``"float32"``.
+        description: The teacher, in words.
     """
 
-    groups: Sequence[Tensor | slice]
-    to_modes: Callable[[Tensor], Tensor]
+    num_trajectories: int
+    seed: int
+    sample_shape: tuple[int, ...]
+    precision: str
+    description: str
+
+    @staticmethod
+    def of(header: Mapping[str, Any]) -> FitHeader:
+        """Return the part of a file's header that is the fit's, or raise a ValueError."""
+        kinds = {"num_trajectories": int, "seed": int, "sample_shape": list, "precision": str, "description": str}
+        for name, kind in kinds.items():
+            if type(header.get(name)) is not kind:
+                raise ValueError(f"header field {name!r} must be of type {kind.__name__}, got {header.get(name)!r}")
+        if header["num_trajectories"] < 1 or not 0 <= header["seed"] < 2**64:
+            raise ValueError(f"there must be trajectories, of a seed below 2**64, got {header}")
+        return FitHeader(**{name: header[name] for name in kinds} | {"sample_shape": sample_shape_of(header)})
 
 
-@torch.no_grad()
-def measure_trajectories(
+@dataclass(frozen=True)
+class Trajectories:
+    """A teacher's trajectories, to be followed once.
+
+    Attributes:
+        denoiser: The teacher.
+        starts: Where they begin, at the first level.
+        levels: Decreasing noise levels. Shape ``(K,)``, float64 on the CPU.
+        num: How many there are, unless starts run out.
+        pieces: Cuts batches: with ``"auto"``, one that memory cannot hold begins anew in halves.
+        progress: Show a progress bar.
+    """
+
+    denoiser: Denoiser
+    starts: Iterable[Start]
+    levels: Tensor
+    num: int
+    pieces: Pieces = field(default_factory=lambda: Pieces("auto"))
+    progress: bool = False
+
+    def follow(self, add: Callable[[Start, Points, Callable[[], object]], None], more_passes: int = 0) -> int:
+        """Follow them batch by batch, and hand each batch on.
+
+        Args:
+            add: Called with where a batch began, its points, and what to call after each pass of its own. If memory
+                runs out in it, it is called again with fewer: it is to add all or nothing.
+            more_passes: How many passes that are, per trajectory.
+
+        Returns:
+            The number of trajectories.
+
+        Raises:
+            TypeError: If the teacher does not return a floating-point tensor.
+            ValueError: If it returns another shape, or as ``add`` raises it.
+        """
+        grid, count = self.levels.tolist(), 0
+        passes = 1 + PASSES_PER_STEP * (len(grid) - 1) + more_passes
+
+        def work(start: Start, rows: slice) -> int:
+            piece = start.rows(rows)
+            bar.n = piece.first * passes  # set back where memory has run out on the way
+            points: Points = []
+            for point in trajectory(self.denoiser, piece, grid):
+                bar.update(len(piece.x) * (PASSES_PER_STEP if points else 1))
+                points.append(point)
+            add(piece, points, partial(bar.update, len(piece.x)))
+            return len(piece.x)
+
+        total = self.num * passes
+        with tqdm(total=total, desc="trajectories", unit=" passes", unit_scale=True, disable=not self.progress) as bar:
+            for start in self.starts:
+                done = self.pieces(len(start.x), partial(work, start), f"trajectories from {start.first} on")
+                count += sum(num for _, num in done)
+        return count
+
+
+@dataclass
+class FitRun:
+    """What a fit was asked for.
+
+    Attributes:
+        trajectories: The teacher's, from noised data.
+        header: How the jumps are fitted.
+        sigma_data: Standard deviation of the data.
+        batches: The clean data, where the teacher runs; they can be iterated once, and `hold` keeps them.
+    """
+
+    trajectories: Trajectories
+    header: FitHeader
+    sigma_data: float
+    batches: Iterable[Batch]
+
+    def hold(self) -> list[Tensor]:
+        """Keep all clean samples in memory, and return them in batches."""
+        self.batches = list(self.batches)
+        return [batch.x for batch in self.batches]
+
+
+@contextmanager
+def fit_run(
     denoiser: Denoiser,
     data: object,
     levels: Tensor | None,
     num_trajectories: int,
     batch_size: BatchSize,
     seed: int,
+    sigma_data: float,
+    progress: bool,
     condition: Callable[..., Condition] | None,
     device: torch.device | str | None,
     description: str | None,
-    collect: Callable[[Iterator[Start], Tensor, Coordinates], Moments],
-    coordinates: Callable[[list[Tensor], float], Coordinates] | None = None,
-) -> tuple[Moments, FitHeader]:
-    """Follow the teacher's ODE from noised data, and sum products.
-
-    Args:
-        denoiser: The teacher.
-        data: Clean data, as for `estimate_statistics`.
-        levels: Decreasing noise levels; by default 40, uniform in lambda.
-        num_trajectories: Number of trajectories, each from a data sample with noise of its own.
-        batch_size: Largest batch that the teacher sees, or ``"auto"``.
-        seed: Seed of noise and data order.
-        condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments.
-        device: Where the teacher runs.
-        description: The teacher, in words.
-        collect: Sums the products: given where trajectories begin, the levels and the coordinates.
-        coordinates: Chooses coordinates, given all clean samples in batches and the cleanest level; they are then all
-            held in memory.
-
-    Returns:
-        The moments, and how they were made.
-
-    Raises:
-        TypeError: If an argument has the wrong type, or data are not floating-point.
-        ValueError: If an argument is out of range, or data or the teacher's answers are not as they should be.
-    """
+) -> Iterator[FitRun]:
+    """Check what `FittedPreconditioning.fit` is asked for, read the first batch, and seed torch while the fit lasts."""
     if not callable(denoiser):
         raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
     levels = log_noise_levels(_NUM_LEVELS) if levels is None else levels
     check_levels(levels)
     check_count(num_trajectories, 1, "num_trajectories")
+    check_positive(sigma_data, "sigma_data")
     check_request(batch_size, seed, condition, description)
-    warn_if_training(denoiser)
-    levels = levels.detach().to("cpu", torch.float64)
-    device = device_of(denoiser, data) if device is None else torch.device(device)
     name = name_of(denoiser, description)
+    place = device_of(denoiser, data) if device is None else torch.device(device)
+    warn_if_training(denoiser)
+    grid, pieces = levels.detach().to("cpu", torch.float64), Pieces(batch_size)
 
-    def start(batch: Batch) -> Start:
-        x_0 = batch.x
-        noise = pair_noise(seed, batch.first, len(x_0), x_0.shape[1:], probes=False)[0]
-        wide = wide_dtype(x_0.device)
-        keywords = keywords_of(condition, batch.extra, denoiser, x_0.device)
-        x = x_0.to(wide) + levels[0].item() * noise.to(x_0.device, wide)
-        return Start(batch.first, x, torch.promote_types(x_0.dtype, torch.float32), keywords)
+    def starts() -> Iterator[Start]:
+        """Yield the clean data with noise of their own, at the first level."""
+        for batch in run.batches:  # once they are asked for: `hold` may come between
+            x_0, wide = batch.x, wide_dtype(batch.x.device)
+            noise = pair_noise(seed, batch.first, len(x_0), x_0.shape[1:], probes=False)[0]
+            keywords = keywords_of(condition, batch.extra, denoiser, x_0.device)
+            x = x_0.to(wide) + grid[0].item() * noise.to(x_0.device, wide)
+            yield Start(batch.first, x, torch.promote_types(x_0.dtype, torch.float32), keywords)
 
-    with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+    with torch.no_grad(), torch.random.fork_rng([place] if place is not None and place.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles
-        batches = _same_shapes(iterate_batches(data, num_trajectories, largest_batch(batch_size), seed), device)
-        chosen = Coordinates((slice(None),), flat)
-        if coordinates is not None:
-            kept = list(batches)
-            chosen = coordinates([batch.x for batch in kept], levels[-1].item())
-            batches = iter(kept)
+        batches = _same_shapes(iterate_batches(data, num_trajectories, pieces.size, seed), place)
         first = next(batches)
-        starts = (start(batch) for batch in chain([first], batches))
-        moments = collect(starts, levels, chosen)
-    precision = network_dtype(denoiser, torch.promote_types(first.x.dtype, torch.float32))
-    return moments, FitHeader(
-        int(moments.counts.sum()), seed, tuple(first.x.shape[1:]), str(precision).removeprefix("torch."), name
-    )
+        precision = network_dtype(denoiser, torch.promote_types(first.x.dtype, torch.float32))
+        header = FitHeader(
+            num_trajectories, seed, tuple(first.x.shape[1:]), str(precision).removeprefix("torch."), name
+        )
+        trajectories = Trajectories(denoiser, starts(), grid, num_trajectories, pieces, progress)
+        run = FitRun(trajectories, header, sigma_data, chain([first], batches))
+        yield run
 
 
 def _same_shapes(batches: Iterator[Batch], device: torch.device | None) -> Iterator[Batch]:

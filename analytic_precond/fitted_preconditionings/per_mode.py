@@ -3,24 +3,24 @@ r"""Least-squares jumps with coefficients of their own for every mode of a basis
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import check_positive
 from ..data.memory import BatchSize
 from ..preconditionings.base import Scalings
 from ..teachers.denoiser import Condition, Denoiser
 from .bases import CosineBasis, MatrixBasis, OrthonormalBasis, check_basis, choose_basis, tie_modes
-from .fitted import FitHeader, FittedPreconditioning, expect
-from .follow import Coordinates, measure_trajectories
-from .jump_regression import regress_groups
-from .jump_table import JumpTable
+from .fitted import FitFile, FittedPreconditioning
+from .follow import FitHeader, FitRun, fit_run
+from .jump_regression import JumpTable, regress_groups
 from .trajectory_moments import trajectory_moments
 
-_BLOCKS = 8  # of trajectories; their spread tells what of a mode's own c_out is noise
+# of trajectories; their spread tells what of a mode's own c_out is noise. Sums of 256 groups and 40 levels take 52 MB
+_BLOCKS = 8
 
 
 class PerModePreconditioning(FittedPreconditioning):
@@ -68,7 +68,7 @@ class PerModePreconditioning(FittedPreconditioning):
         self.register_buffer("groups", groups)
 
     @classmethod
-    def fit(
+    def fit(  # noqa: D417  # the other arguments are described once
         cls,
         denoiser: Denoiser,
         data: object,
@@ -90,54 +90,36 @@ class PerModePreconditioning(FittedPreconditioning):
         to choose the basis and to group modes: those of more than 256 (in a channel, of 256 divided by the number of
         channels) share coefficients where their variances in the data are close.
 
+        Other arguments, and errors, are those of `LeastSquaresPreconditioning.fit`.
+
         Args:
-            denoiser: The teacher, as for `LeastSquaresPreconditioning.fit`.
-            data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset, a DataLoader or an iterable of
-                batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
-            levels: Decreasing noise levels to regress at. Default: 40 from 80 to 0.002, uniform in lambda.
-            num_trajectories: Number of trajectories.
-            batch_size: Largest batch that the teacher sees. ``"auto"`` begins at 256 and halves it where memory runs
-                out. It does not change the result, beyond rounding.
-            seed: Seed of noise and data order; the same seed gives the same numbers. The global RNG is left as it was.
-            sigma_data: Standard deviation of the data, for `on_network`.
-            progress: Show a progress bar.
             basis: ``"dct"``, the cosine transform of images ``(C, H, W)`` or ``(H, W)`` of any size, across channels
                 too where that separates the data's modes better, as it does red, green and blue; ``"pca"``, the
                 eigenvectors of the data's covariance, for up to 4096 elements; or orthonormal columns of shape
                 ``(d, d)``.
-            condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments.
-            device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
-            description: The teacher in words, for the file's header. Default: its name.
 
         Returns:
             The preconditioning, on the CPU, for jumps between ``levels[0]`` and ``levels[-1]``.
-
-        Raises:
-            TypeError: If an argument has the wrong type, or data are not floating-point.
-            ValueError: If an argument is out of range, samples have no such basis, data are empty or not finite, or
-                the teacher returns a wrong shape or a value that is not finite (the error names the level).
         """
         check_basis(basis)
-        check_positive(sigma_data, "sigma_data")
-        chosen: list[tuple[OrthonormalBasis, Tensor]] = []
+        with fit_run(
+            denoiser, data, levels, num_trajectories, batch_size, seed, sigma_data, progress, condition, device,
+            description,
+        ) as run:  # fmt: skip
+            return cls._regressed(run, basis)
 
-        def coordinates(batches: list[Tensor], sigma_min: float) -> Coordinates:
-            modes, variances = choose_basis(basis, batches, sigma_min**2)
-            groups = tie_modes(variances, sigma_min**2)
-            chosen.append((modes, groups))
-            members = [(groups == g).nonzero()[:, 0].to(batches[0].device) for g in range(int(groups.max()) + 1)]
-            return Coordinates(members, lambda x: modes.to_modes(x).flatten(1))
-
-        blocks = min(_BLOCKS, num_trajectories)
-        moments, header = measure_trajectories(
-            denoiser, data, levels, num_trajectories, batch_size, seed, condition, device, description,
-            lambda starts, levels, axes: trajectory_moments(
-                denoiser, starts, levels, num_trajectories, blocks, *axes, progress, batch_size
-            ), coordinates,
-        )  # fmt: skip
-        table = JumpTable.of(moments.levels, *regress_groups(moments, header.precision), torch.float32)
-        ((modes, groups),) = chosen
-        return cls(table, header, sigma_data, modes.cpu(), groups)
+    @classmethod
+    def _regressed(cls, run: FitRun, basis: str | Tensor = "dct") -> PerModePreconditioning:
+        trajectories, samples = run.trajectories, run.hold()
+        hidden = trajectories.levels[-1].item() ** 2  # variances that the least noise hides
+        modes, variances = choose_basis(basis, samples, hidden)
+        groups = tie_modes(variances, hidden)
+        members = [(groups == g).nonzero()[:, 0].to(samples[0].device) for g in range(int(groups.max()) + 1)]
+        blocks = min(_BLOCKS, trajectories.num)
+        moments = trajectory_moments(trajectories, blocks, members, lambda x: modes.to_modes(x).flatten(1))
+        table = JumpTable.of(moments.levels, *regress_groups(moments, run.header.precision), torch.float32)
+        header = replace(run.header, num_trajectories=int(moments.counts.sum()))
+        return cls(table, header, run.sigma_data, modes.cpu(), groups)
 
     @property
     def coefficient_shape(self) -> tuple[int, ...]:
@@ -172,30 +154,23 @@ class PerModePreconditioning(FittedPreconditioning):
                 f"belong to one size, fit another preconditioning for others."
             )
 
-    def _to_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _own_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if isinstance(self.basis, CosineBasis):
             return {"basis": "dct", "mix_channels": self.basis.mix_channels}, {"groups": self.groups}
         return {"basis": "matrix"}, {"groups": self.groups, "matrix": self.basis.state_dict()["matrix"]}
 
     @classmethod
-    def _from_file(
-        cls,
-        table: JumpTable,
-        fit: FitHeader,
-        sigma_data: float,
-        header: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-    ) -> PerModePreconditioning:
-        size = math.prod(fit.sample_shape)
-        groups = expect(tensors, "groups", (size,), torch.int64)
+    def _parts_from(cls, file: FitFile, table: JumpTable, header: FitHeader) -> tuple[Any, ...]:
+        size = math.prod(header.sample_shape)
+        groups = file.tensor("groups", (size,), torch.int64)
         if not bool(((groups >= 0) & (groups < table.num_jumps)).all()):
             raise ValueError(f"groups must be from 0 to {table.num_jumps - 1}, got {groups.min()} to {groups.max()}")
         basis: OrthonormalBasis
-        if header.get("basis") == "dct":
-            basis = CosineBasis(fit.sample_shape, header.get("mix_channels") is True)
+        if file.header.get("basis") == "dct":
+            basis = CosineBasis(header.sample_shape, file.header.get("mix_channels") is True)
         else:
-            basis = MatrixBasis(fit.sample_shape, expect(tensors, "matrix", (size, size), torch.float64))
-        x = torch.ones(1, *fit.sample_shape, dtype=torch.float64, device="cpu")
+            basis = MatrixBasis(header.sample_shape, file.tensor("matrix", (size, size), torch.float64))
+        x = torch.ones(1, *header.sample_shape, dtype=torch.float64, device="cpu")
         if not bool(((basis.from_modes(basis.to_modes(x)) - x).abs() <= 1e-5 * size).all()):
             raise ValueError("matrix must have orthonormal columns")
-        return cls(table, fit, sigma_data, basis, groups)
+        return basis, groups

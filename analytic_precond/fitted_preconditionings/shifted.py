@@ -2,27 +2,26 @@ r"""Least-squares jumps that ask the network at a lower noise level (docs/method
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import check_levels, check_positive
 from .._precision import place
 from ..data.memory import BatchSize
 from ..interpolation.spline_table import SplineTable
 from ..noise_levels.grids import log_noise_levels
-from ..preconditionings.base import Scalings
 from ..teachers.denoiser import Condition, Denoiser
-from .fitted import FitHeader, FittedPreconditioning, expect
-from .follow import measure_trajectories
-from .jump_table import JumpTable
+from .fitted import FitFile, FittedPreconditioning
+from .follow import FitHeader, FitRun
+from .jump_regression import JumpTable
 from .trajectory_moments import shift_moments
 
 _NUM_LEVELS = 20
 
-_SMALLEST_RATIO, _LARGEST_RATIO = 1.05, 2.0
+_SMALLEST_RATIO, _LARGEST_RATIO = 1.05, 2.0  # of neighbouring levels: 20 from 80 to 0.002 have 1.75
 
 
 class ShiftedPreconditioning(FittedPreconditioning):
@@ -67,7 +66,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
         self.shift = shift
 
     @classmethod
-    def fit(
+    def fit(  # noqa: D417  # the other arguments are described once
         cls,
         denoiser: Denoiser,
         data: object,
@@ -87,92 +86,56 @@ class ShiftedPreconditioning(FittedPreconditioning):
         With K levels a trajectory takes ``6 K - 5 + K (K - 1) / 2`` evaluations of the teacher: 305 by default, 156,160
         in all, and about ``40 K batch_size d`` bytes of memory.
 
+        Other arguments, and errors, are those of `LeastSquaresPreconditioning.fit`.
+
         Args:
-            denoiser: The teacher, as for `LeastSquaresPreconditioning.fit`.
-            data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset, a DataLoader or an iterable of
-                batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
-            levels: Decreasing noise levels to regress at, shape ``(K,)``, which are also the steps of the ODE; jumps
-                between any others are interpolated. Neighbours are at most a factor of 2 apart, and at least one of
-                1.05: coarser tables are not accurate between the levels, finer ones ill-conditioned. Default: 20 from
-                80 to 0.002, uniform in lambda.
-            num_trajectories: Number of trajectories.
-            batch_size: Largest batch that the teacher sees. ``"auto"`` begins at 256 and halves it where memory runs
-                out. It does not change the result, beyond rounding.
-            seed: Seed of noise and data order; the same seed gives the same numbers. The global RNG is left as it was.
+            levels: Decreasing noise levels to regress at. Neighbours are at most a factor of 2 apart, and at least one
+                of 1.05: coarser tables are not accurate between the levels, finer ones ill-conditioned. Default: 20
+                from 80 to 0.002, uniform in lambda.
             sigma_data: Standard deviation of the data: the same as the student's, who scales by it.
-            progress: Show a progress bar.
-            condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments.
-            device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
-            description: The teacher in words, for the file's header. Default: its name.
 
         Returns:
             The preconditioning, on the CPU, for jumps between ``levels[0]`` and ``levels[-1]``.
-
-        Raises:
-            TypeError: If an argument has the wrong type, or data are not floating-point.
-            ValueError: If an argument is out of range, data are empty or not finite, or the teacher returns a wrong
-                shape or a value that is not finite (the error names the level).
         """
+        return super().fit(
+            denoiser, data, log_noise_levels(_NUM_LEVELS) if levels is None else levels, num_trajectories, batch_size,
+            seed, sigma_data, progress, condition=condition, device=device, description=description,
+        )  # fmt: skip
+
+    @classmethod
+    def _regressed(cls, run: FitRun) -> ShiftedPreconditioning:
+        _check_spacing(run.trajectories.levels)
+        moments = shift_moments(run.trajectories, run.sigma_data)
+
         from .shift_regression import regress_shifted  # imports scipy's splines and optimisers: slow, only needed here
 
-        check_positive(sigma_data, "sigma_data")
-        levels = log_noise_levels(_NUM_LEVELS) if levels is None else levels
-        _check_spacing(levels)
-        moments, header = measure_trajectories(
-            denoiser, data, levels, num_trajectories, batch_size, seed, condition, device, description,
-            lambda starts, levels, axes: shift_moments(
-                denoiser, starts, levels, num_trajectories, sigma_data, progress, batch_size
-            ),
-        )  # fmt: skip
-        a, b, rate = regress_shifted(moments, header.precision, sigma_data)
+        a, b, rate = regress_shifted(moments, run.header.precision, run.sigma_data)
+        table = JumpTable.of(moments.levels, a[None], b[None])
         control = SplineTable.control_points(moments.levels, rate[None])
         shift = SplineTable(torch.from_numpy(moments.levels), torch.from_numpy(control))
-        return cls(JumpTable.of(moments.levels, a[None], b[None]), header, sigma_data, shift)
-
-    def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the coefficients for valid levels."""
-        c_skip, c_out = self.table.jumps(t, s)
-        return Scalings(c_skip[0], c_out[0])
+        header = replace(run.header, num_trajectories=int(moments.counts.sum()))
+        return cls(table, header, run.sigma_data, shift)
 
     def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
-        """Return the noise level that the network is told on a jump from t to s.
-
-        Args:
-            t: Noise levels to start from.
-            s: Noise levels to reach, at most ``t``.
-
-        Returns:
-            Noise levels from ``s`` to ``t``, in the broadcast shape; NaN where levels are out of range.
-        """
+        """Return the noise level, from s to t, that the network is told on a jump; NaN where they are out of range."""
         dtype = torch.promote_types(t.dtype, s.dtype if isinstance(s, Tensor) else t.dtype)
         t, s, valid = self._levels(place(t, self._device, t.dtype), s)
         rate = self.shift(t, s)[0].clamp(0, 1)
         q = t * (-rate * ((t - s) / s).log1p()).exp()
         return (q if valid is None else torch.where(valid, q, torch.nan)).to(torch.promote_types(dtype, torch.float32))
 
-    def _to_file(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _own_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {}, {"shift": self.shift.state_dict()["control"]}  # in float64, whatever the device computes with
 
     @classmethod
-    def _from_file(
-        cls,
-        table: JumpTable,
-        fit: FitHeader,
-        sigma_data: float,
-        header: Mapping[str, Any],
-        tensors: Mapping[str, Tensor],
-    ) -> ShiftedPreconditioning:
+    def _parts_from(cls, file: FitFile, table: JumpTable, header: FitHeader) -> tuple[Any, ...]:
         K = len(table.levels)
-        return cls(
-            table, fit, sigma_data, SplineTable(table.levels, expect(tensors, "shift", (K, K, 1), torch.float64))
-        )
+        return (SplineTable(table.levels, file.tensor("shift", (K, K, 1), torch.float64)),)
 
 
-def _check_spacing(levels: object) -> None:
+def _check_spacing(levels: Tensor) -> None:
     """Refuse levels so far apart, or so close, that a table of them is not accurate between them."""
-    check_levels(levels)
-    assert isinstance(levels, Tensor)
-    ratios = (levels[:-1] / levels[1:]).double()
+    ratios = levels[:-1] / levels[1:]
     if bool((ratios > _LARGEST_RATIO).any()) or bool((ratios < _SMALLEST_RATIO).any()):
         raise ValueError(
             f"neighbouring levels must be at least a factor of {_SMALLEST_RATIO} and at most one of {_LARGEST_RATIO} "

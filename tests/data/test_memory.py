@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 import analytic_precond as ap
 from analytic_precond.data.memory import Pieces, is_out_of_memory
-from analytic_precond.fitted_preconditionings.trajectory_moments import _Sums
+from analytic_precond.fitted_preconditionings import trajectory_moments
 from analytic_precond.teachers.conditions import condition_rows
 
 LEVELS = torch.tensor([2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02], dtype=torch.float64)
@@ -326,14 +326,14 @@ class TestTrajectories:
         assert teacher.refused == [24, 24, 24, 24, 16]  # at 256, 128, 64, 32 and 16
 
     def test_nothing_is_counted_twice_where_memory_runs_out_in_the_sums(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        expected, products, calls = self.fit(smooth, 60), _Sums._products, itertools.count()
+        expected, products, calls = self.fit(smooth, 60), trajectory_moments._products, itertools.count()
 
         def crowded(x: Tensor, E: Tensor) -> Any:
             if next(calls) == 3:  # blocks before it are done
                 raise torch.cuda.OutOfMemoryError
             return products(x, E)
 
-        monkeypatch.setattr(_Sums, "_products", staticmethod(crowded))
+        monkeypatch.setattr(trajectory_moments, "_products", crowded)
         self.assert_same(self.fit(smooth, "auto"), expected)
 
     def test_the_bar_ends_at_its_end(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import analytic_precond as ap
-from analytic_precond.fitted_preconditionings.fitted import FitHeader
-from analytic_precond.fitted_preconditionings.jump_regression import regress_samples
-from analytic_precond.fitted_preconditionings.jump_table import JumpTable
+from analytic_precond.fitted_preconditionings.follow import FitHeader, Trajectories
+from analytic_precond.fitted_preconditionings.jump_regression import JumpTable, regress_samples
 from analytic_precond.fitted_preconditionings.least_squares import LeastSquaresPreconditioning
 from analytic_precond.fitted_preconditionings.trajectory_moments import trajectory_moments
 from analytic_precond.interpolation.spline_table import SplineTable
@@ -46,7 +45,7 @@ def best_jump(variances: Array, t: Array | float, s: Array | float) -> tuple[Arr
 def from_one_start(denoiser: Denoiser, x_T: Tensor, levels: Tensor) -> LeastSquaresPreconditioning:
     """The fit to given starting points at the noisiest level, all in one batch."""
     start = Start(0, x_T.double(), torch.float64, {})
-    moments = trajectory_moments(denoiser, [start], levels.double(), len(x_T), 1)
+    moments = trajectory_moments(Trajectories(denoiser, [start], levels.double(), len(x_T)), 1)
     (a, b), _ = regress_samples(moments, "float64")
     header = FitHeader(len(x_T), 0, tuple(x_T.shape[1:]), "float64", "a test")
     return LeastSquaresPreconditioning(

@@ -27,6 +27,7 @@ from analytic_precond.fitted_preconditionings.bases import (
     choose_basis,
     tie_modes,
 )
+from analytic_precond.fitted_preconditionings.follow import Trajectories
 from analytic_precond.fitted_preconditionings.jump_regression import regress_groups, regress_samples
 from analytic_precond.fitted_preconditionings.least_squares import LeastSquaresPreconditioning
 from analytic_precond.fitted_preconditionings.per_mode import PerModePreconditioning
@@ -233,15 +234,14 @@ class TestRegression:
 
     def moments(self, num: int) -> tuple[Any, Tensor]:
         bent, x_T = Bent(), Bent().starts(num)
-        return trajectory_moments(
-            bent, [Start(0, x_T, torch.float64, {})], self.levels, num, 8,
-            [torch.tensor([k]) for k in range(6)], lambda x: bent.basis.to_modes(x).flatten(1),
-        ), x_T  # fmt: skip
+        trajectories = Trajectories(bent, [Start(0, x_T, torch.float64, {})], self.levels, num)
+        modes = [torch.tensor([k]) for k in range(6)]
+        return trajectory_moments(trajectories, 8, modes, lambda x: bent.basis.to_modes(x).flatten(1)), x_T
 
     def test_each_mode_is_regressed_by_itself(self) -> None:
         moments, x_T = self.moments(2000)
         regression = regress_groups(moments, "float64")
-        (whole, _), bent = regress_samples(moments, "float64"), Bent()
+        (whole, _), bent = regress_samples(moments.of_whole_samples(), "float64"), Bent()
         states = list(trajectory(bent, Start(0, x_T, torch.float64, {}), self.levels.tolist()))
         near, pairs = 0, 0
         for i in range(10):
@@ -282,7 +282,7 @@ class TestRegression:
 
     def test_modes_add_up_to_whole_samples(self) -> None:
         moments, x_T = self.moments(50)
-        plain = trajectory_moments(Bent(), [Start(0, x_T, torch.float64, {})], self.levels, 50, 8)
+        plain = trajectory_moments(Trajectories(Bent(), [Start(0, x_T, torch.float64, {})], self.levels, 50), 8)
         whole = moments.of_whole_samples()
         for name in ("xx", "Ex", "EE", "sizes", "counts"):
             np.testing.assert_allclose(getattr(whole, name), getattr(plain, name), rtol=1e-10, atol=1e-12)

@@ -22,8 +22,8 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 import analytic_precond as ap
-from analytic_precond.fitted_preconditionings.fitted import FitHeader
-from analytic_precond.fitted_preconditionings.jump_table import JumpTable
+from analytic_precond.fitted_preconditionings.follow import FitHeader, Trajectories
+from analytic_precond.fitted_preconditionings.jump_regression import JumpTable
 from analytic_precond.fitted_preconditionings.shift_regression import regress_shifted
 from analytic_precond.fitted_preconditionings.shifted import ShiftedPreconditioning
 from analytic_precond.fitted_preconditionings.trajectory_moments import shift_moments
@@ -41,7 +41,7 @@ HEADER = FitHeader(1, 0, (1,), "float64", "a test")
 def from_one_start(denoiser: Denoiser, x_T: Tensor, levels: Tensor, sigma_data: float = 0.5) -> ShiftedPreconditioning:
     """The fit to given starting points at the noisiest level, all in one batch."""
     start = Start(0, x_T.double(), torch.float64, {})
-    moments = shift_moments(denoiser, [start], levels.double(), len(x_T), sigma_data)
+    moments = shift_moments(Trajectories(denoiser, [start], levels.double(), len(x_T)), sigma_data)
     a, b, rate = regress_shifted(moments, "float64", sigma_data)
     return built(levels, a, b, rate, sigma_data)
 
