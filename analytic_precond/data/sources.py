@@ -8,7 +8,6 @@ Fingerprints of data and teachers: what tells a request that is taken up again f
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .._checks import check_finite, check_tensor
+from .._warnings import warn_caller
 
 Range = tuple[int, int]  # samples from one number to another, that one not included
 
@@ -51,7 +51,7 @@ def iterate_batches(data: object, num: int, batch_size: int, seed: int) -> Itera
     source = open_source(data, batch_size, seed)
     yield from source.batches([(0, num)], batch_size)
     if source.shortage:
-        warnings.warn(source.shortage, stacklevel=4)
+        warn_caller(source.shortage)
 
 
 def open_source(data: object, batch_size: int, seed: int) -> IndexedSource | StreamSource:

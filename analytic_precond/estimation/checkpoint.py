@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_finite, check_tensor
-from .._files import read_tensors, remove_leftovers, sample_shape_of, target_of, write_tensors
+from .._files import check_space, read_tensors, remove_leftovers, sample_shape_of, target_of, write_tensors
+from .._warnings import warn_caller
 from ..statistics.moments import group_sizes
-from .state import EstimationState, Request
+from .state import EstimationState, Request, open_groups
 
 _KIND = "EstimationState 1"
-
-_PIECE = 2**20  # bytes
 
 
 class Checkpoint:
@@ -70,33 +68,28 @@ class Checkpoint:
                 f"again, or name another file."
             )
         if header.get("batch_size") != self._batch_size:
-            warnings.warn(
+            warn_caller(
                 f"the checkpoint {self._path} was made with batch_size={header.get('batch_size')!r}, not "
-                f"{self._batch_size!r}: the result equals that of an uninterrupted run up to rounding only.",
-                stacklevel=7,
+                f"{self._batch_size!r}: the result equals that of an uninterrupted run up to rounding only."
             )
-        state = EstimationState.unpacked(request, (header, tensors))
+        state = EstimationState(request)
+        state.merge((header, tensors))
         self._num_saved = state.num_done
         return state
 
-    def check_space(self, num_bytes: int) -> None:
-        """Write as much as the file will ever hold beside it, and remove that again.
+    def check_space(self, most_bytes: int) -> None:
+        """Refuse a place that has not enough space for what the file may come to hold.
 
         Raises:
-            OSError: If that fails, for want of space or permission.
+            OSError: If there is too little, or nothing can be written there at all.
         """
         remove_leftovers(self._path)
-        probe = self._path.with_name(f".{self._path.name}.probe.tmp")
+        held = self._path.stat().st_size if self._path.exists() else 0
+        needed = 2 * most_bytes - held  # a file is replaced by one that was written beside it
         try:
-            with open(probe, "wb") as file:
-                for done in range(0, num_bytes, _PIECE):
-                    file.write(bytes(min(_PIECE, num_bytes - done)))
-                file.flush()
-                os.fsync(file.fileno())
+            check_space(self._path.parent, needed)
         except OSError as error:
-            raise self._explained(error, f"{num_bytes} bytes cannot be written beside it") from error
-        finally:
-            probe.unlink(missing_ok=True)
+            raise self._explained(error, f"{needed} bytes cannot be written beside it") from error
 
     def write(self, state: EstimationState) -> None:
         """Replace the file.
@@ -131,13 +124,15 @@ def _check(header: dict[str, Any], tensors: dict[str, Tensor], request: Request)
     size = math.prod(sample_shape_of(header))
     if not isinstance(header.get("precision"), str):
         raise ValueError(f"Its header field 'precision' must be a string, got {header.get('precision')!r:.100}.")
-    most = torch.tensor(group_sizes(request.num_units), dtype=torch.float64, device="cpu")
-    counts = tensors.get("counts", most[:0])
-    if counts.shape != most.shape or not bool(((counts >= 0) & (counts <= most) & (counts == counts.round())).all()):
+    sizes = torch.tensor(group_sizes(request.num_units), dtype=torch.float64, device="cpu")
+    counts = tensors.get("counts", sizes[:0])
+    if counts.shape != sizes.shape or not bool(((counts >= 0) & (counts <= sizes) & (counts == counts.round())).all()):
         raise ValueError("It has no number of samples per group.")
-    expected = EstimationState.shapes(request, counts.tolist(), size)
+    expected = EstimationState.shapes(request, len(open_groups(request.num_units, counts)), size)
     if {name: tuple(part.shape) for name, part in tensors.items()} != expected:
         raise ValueError("Its sums do not fit the request's levels, samples and groups.")
     for name, part in tensors.items():
         check_tensor(part, name)
         check_finite(part, name)
+    if not torch.equal((counts > 0)[:, None].expand_as(tensors["values"][..., 1]), tensors["values"][..., 1] > 0):
+        raise ValueError("Its groups with sums are not those with samples.")

@@ -151,14 +151,11 @@ def estimate_statistics(
                         seen = 2 * (first + part.samples.stop)
                         bar.set_postfix(level=f"{part.level + 1}/{num_levels}", samples=seen, refresh=False)
                         moments[part.level, part.samples] = part.moments
-                        if state.centering is not None:
-                            state.centering.add(part.level, first + part.samples.start, part.features)
-                        if state.elements is not None:
-                            state.elements.add(part.level, part.features)
+                        state.add_features(part.level, first + part.samples.start, part.features)
                         bar.update(2 * len(part.moments))
                     moments = moments.to("cpu", torch.float64)  # one transfer per batch
                     _check_moments(moments, levels, number)
-                    state.sums.add(first, moments)
+                    state.add(first, moments)
             return run.statistics()
 
 

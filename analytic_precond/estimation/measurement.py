@@ -130,7 +130,9 @@ class Measurement:
             rows = slice(first, first + self.pieces.size)
             keywords = condition_rows(condition, sample[rows], num_samples)
             answers.append(self._ask(x[rows], t_rows[rows], None if v is None else v[rows], keywords))
-        return Answers(*(None if part[0] is None else torch.cat(part) for part in zip(*answers, strict=True)))
+        D, y, trace = (None if part[0] is None else torch.cat(part) for part in zip(*answers, strict=True))
+        assert D is not None
+        return Answers(D, y, trace)
 
     def _ask(self, x: Tensor, t: Tensor, v: Tensor | None, condition: Condition) -> Answers:
         """Ask the teacher about the rows of one call."""
@@ -179,9 +181,7 @@ def _pairs(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return torch.stack([x_0 + step, x_0 - step], 2).to(x_0.dtype).flatten(0, 2)
 
 
-def _inner_products(
-    x: Tensor, noise: Tensor, t: Tensor, a: Tensor, answers: Answers
-) -> tuple[Tensor, list[Tensor]]:
+def _inner_products(x: Tensor, noise: Tensor, t: Tensor, a: Tensor, answers: Answers) -> tuple[Tensor, list[Tensor]]:
     """Return what the rows' answers are to the statistics, in the wide dtype.
 
     Args:
@@ -195,9 +195,8 @@ def _inner_products(
         The moments, shape ``(K, B, 7)``, and the features E, x (and y), shape ``(2, K, B, d)`` each.
     """
     K, B = len(t), len(noise)
-    D, x, *derivative = (
-        rows.reshape(K, B, 2, -1).movedim(2, 0).to(noise.dtype) for rows in (answers.D, x, answers.y) if rows is not None
-    )
+    halves = [rows.reshape(K, B, 2, -1).movedim(2, 0) for rows in (answers.D, x, answers.y) if rows is not None]
+    D, x, *derivative = (rows.to(noise.dtype) for rows in halves)
     # E = D - a x, and its derivative along the ODE, on which dx/dlambda = D - x
     a = a[:, None, None]
     features = [D - a * x, x, *(y - a * (D - x) for y in derivative)]

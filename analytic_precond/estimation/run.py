@@ -2,19 +2,19 @@ r"""The course of an estimate: batch after batch, in one process or several, fro
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
 import torch
 
+from .._warnings import warn_caller
 from ..data.processes import Processes
 from ..data.sources import Batch, IndexedSource, StreamSource
-from ..statistics.moments import group_range
+from ..statistics.moments import group_range, num_groups
 from ..statistics.teacher_statistics import TeacherStatistics
 from .checkpoint import Checkpoint
-from .state import EstimationState, Request, total
+from .state import EstimationState, Request
 
 
 class EstimationRun:
@@ -49,8 +49,9 @@ class EstimationRun:
 
         loaded = together.from_first(lambda: None if checkpoint is None else checkpoint.read(self._request))
         self.state = EstimationState(self._request) if loaded is None else loaded
-        groups = self.state.groups_of(together.rank, together.size)
-        self.state.keep(groups, totals=together.rank == 0)
+        rank, num = together.rank, num_groups(self._request.num_units)
+        groups = range(rank * num // together.size, (rank + 1) * num // together.size)
+        self.state.keep(groups, totals=rank == 0)
         self._ranges = self.state.remaining(groups)
         self.num_units = self.state.num_done + sum(stop - start for start, stop in self._ranges)
         if shards > 1 and isinstance(source, StreamSource):
@@ -84,7 +85,7 @@ class EstimationRun:
         if self._checkpoint is not None and number % self._checkpoint.every > 0:
             self._save(self._checkpoint)
         if self._source.shortage:
-            warnings.warn(self._source.shortage, stacklevel=4)
+            warn_caller(self._source.shortage)
 
     def statistics(self) -> TeacherStatistics:
         """Return the statistics of all processes' samples, in each of them. The state is used up."""
@@ -121,7 +122,10 @@ class EstimationRun:
         """Return the sum of all processes' states in the first one, which alone is to use it."""
         if self._together.size == 1:
             return self.state
-        return total(self._request, self._together.gather(self.state.packed()))
+        whole = EstimationState(self._request)
+        for packed in self._together.gather(self.state.packed()):
+            whole.merge(packed)
+        return whole
 
 
 def _check_agreement(together: Processes, request: Request, checkpoint: Checkpoint | None) -> None:
