@@ -11,7 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..statistics.moments import PRODUCTS, group_of, group_range, inner_products, num_groups
+from ..statistics.moments import PRODUCTS, group_of, group_range, group_sizes, inner_products, num_groups
 
 
 class ElementSums:
@@ -160,3 +160,8 @@ class Centering:
             for group, sums in zip(open_groups, tensors["open"].clone(), strict=True):
                 for level, part in zip(self.open, sums, strict=True):
                     level[group] = part
+
+
+def open_groups(num_units: int, counts: Tensor) -> list[int]:
+    """Return the groups that are begun but not whole, given the units in each."""
+    return [g for g, (n, size) in enumerate(zip(counts.tolist(), group_sizes(num_units), strict=True)) if 0 < n < size]

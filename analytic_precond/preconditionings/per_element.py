@@ -12,7 +12,7 @@ from ..interpolation import splines
 from ..interpolation.element_table import ElementTable, element_name
 from ..interpolation.splines import Array
 from ..noise_levels.per_sample import per_sample
-from ..statistics.remainder import log_scale_spline
+from ..statistics.moments import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
 from .analytic import euler_step_scalings, theta_of
 from .base import Preconditioning, Scalings

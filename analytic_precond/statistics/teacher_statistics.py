@@ -20,8 +20,7 @@ from torch import Tensor
 from .._checks import check_choice, check_finite, check_levels
 from .._files import read_tensors, sample_shape_of, write_tensors
 from .element_statistics import PARTS, ElementStatistics
-from .moments import MOMENTS, Array, jackknife, reference
-from .remainder import PRECISIONS, is_resolved, remainder_square, scales
+from .moments import MOMENTS, PRECISIONS, Array, is_resolved, jackknife, reference, remainder_square, scales
 
 L_METHODS = ("stein", "hutchinson", "exact")
 
