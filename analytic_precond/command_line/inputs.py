@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from operator import attrgetter
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .._files import target_of
+from .._files import check_space, target_of
 from ..fitted_preconditionings.fitted import FittedPreconditioning
 from ..fitted_preconditionings.least_squares import LeastSquaresPreconditioning
 from ..fitted_preconditionings.per_mode import PerModePreconditioning
@@ -113,8 +112,7 @@ def check_output(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output must be in an existing folder, got {path.parent}: create it first.")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        check_space(path.parent)
     except OSError as error:
         raise OSError(error.errno, f"--output: nothing can be written to {path.parent} ({error.strerror})") from error
 

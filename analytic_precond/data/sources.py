@@ -1,8 +1,7 @@
 r"""Data for the estimators: any source of images as batches of clean samples, each with noise of its own.
 
-Sample number i always gets the same noise for a given seed, whatever the batch size, the device or the process.
-
-Fingerprints of data and teachers: what tells a request that is taken up again from another one.
+Sample number i always gets the same noise for a given seed, whatever the batch size, the device or the process. A
+source says in words what it holds, with a fingerprint of its values, so that a run can be told from another one.
 """
 
 from __future__ import annotations
@@ -268,11 +267,11 @@ def _numbers(first: int, count: int) -> str:
     return f"data (samples {first} to {first + count - 1})"
 
 
-_VALUES = 4096
+_VALUES = 4096  # of each tensor in a fingerprint
 
 
 def digest(*tensors: Tensor) -> str:
-    """Return a fingerprint of some thousand values of each tensor, spread over all of it."""
+    """Return a fingerprint of tensors, of values spread over all of each."""
     result = hashlib.sha256()
     for x in tensors:
         values = x.detach().flatten()[:: max(1, x.numel() // _VALUES)]
