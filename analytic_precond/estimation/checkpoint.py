@@ -77,11 +77,8 @@ class Checkpoint:
 
     Args:
         path: The file.
-        every: Batches from one checkpoint to the next.
+        every: Batches from one checkpoint to the next; an attribute too.
         batch_size: As asked for: another one changes the rounding.
-
-    Attributes:
-        every: Batches from one checkpoint to the next.
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int, batch_size: int | str) -> None:

@@ -166,20 +166,20 @@ class EstimationRun:
         self._together, self._source, self._checkpoint = together, source, checkpoint
         heads = together.exchange(source.head() if together.size > 1 else "")
         shards = together.size if len(set(heads)) > 1 else 1
-        self._request = replace(request, shards=shards)
-        _check_agreement(together, self._request, checkpoint)
+        request = replace(request, shards=shards)
+        _check_agreement(together, request, checkpoint)
 
-        self.state = EstimationState(self._request)
-        packed = together.from_first(lambda: None if checkpoint is None else checkpoint.read(self._request))
+        self.state = EstimationState(request)
+        packed = together.from_first(lambda: None if checkpoint is None else checkpoint.read(request))
         if packed is not None:
             self.state.merge(packed)
-        rank, num = together.rank, num_groups(self._request.num_units)
+        rank, num = together.rank, num_groups(request.num_units)
         groups = range(rank * num // together.size, (rank + 1) * num // together.size)
         self.state.keep(groups, totals=rank == 0)
         self._ranges = self.state.remaining(groups)
         self.num_units = self.state.num_done + sum(stop - start for start, stop in self._ranges)
         if shards > 1 and isinstance(source, StreamSource):
-            source.number_from(group_range(groups.start, self._request.num_units)[0])
+            source.number_from(group_range(groups.start, request.num_units)[0])
 
     def batches(self, batch_size: int, device: torch.device | None) -> Iterator[tuple[int, Batch]]:
         """Yield the batches that are still to be added to the state, numbered from 0, on the teacher's device.
@@ -224,7 +224,7 @@ class EstimationRun:
         except KeyboardInterrupt as error:
             if self._checkpoint is None or self._together.rank > 0:
                 raise
-            raise KeyboardInterrupt(self._checkpoint.how_to_go_on(self._request)) from error
+            raise KeyboardInterrupt(self._checkpoint.how_to_go_on(self.state.request)) from error
 
     def _prepare(self, batch: Batch | None) -> None:
         """Agree on what samples are like, and make sure of the checkpoint's space, before the teacher is asked."""
@@ -236,19 +236,19 @@ class EstimationRun:
             raise ValueError("data must hold at least one sample, got none in the processes that have a share.")
         if self._checkpoint is not None and self._together.rank == 0 and any(kinds):
             # each process opens one group at a time, beside those that were left open
-            num_open = self._together.size + len(open_groups(self._request.num_units, self.state.counts))
-            self._checkpoint.check_space(self._request, math.prod(self.state.sample_shape), num_open)
+            num_open = self._together.size + len(open_groups(self.state.request.num_units, self.state.counts))
+            self._checkpoint.check_space(self.state.request, math.prod(self.state.sample_shape), num_open)
 
     def _save(self, checkpoint: Checkpoint) -> None:
         whole = self._whole()
         if self._together.rank == 0:
-            checkpoint.write(self._request, whole.packed())
+            checkpoint.write(self.state.request, whole.packed())
 
     def _whole(self) -> EstimationState:
         """Return the sum of all processes' states in the first one, which alone is to use it."""
         if self._together.size == 1:
             return self.state
-        whole = EstimationState(self._request)
+        whole = EstimationState(self.state.request)
         for packed in self._together.gather(self.state.packed()):
             whole.merge(packed)
         return whole
