@@ -1,11 +1,20 @@
-r"""Argument checks: each raises with what was expected, what came and what to do; none converts its argument."""
+r"""Argument checks: each raises with what was expected, what came and what to do; none converts its argument.
+
+Warnings point at the user's own line, however deep in the package the reason is found.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+_INSIDE = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))  # torch's for its decorators
 
 
 def check_tensor(value: object, name: str) -> None:
@@ -116,3 +125,14 @@ def check_reached(reached: object, x: Tensor) -> None:
             f"the student must return a tensor of x's shape {tuple(x.shape)}, got {got}: unwrap output objects, and "
             f"drop extra channels, in a function around it."
         )
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the first frame outside this package and torch, rather than at one so many frames up."""
+    frame = sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
+        frame = frame.f_back
+    registry = frame.f_globals.setdefault("__warningregistry__", {})  # what Python tells repeated warnings by
+    warnings.warn_explicit(
+        message, UserWarning, frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__"), registry
+    )

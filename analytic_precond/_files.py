@@ -2,10 +2,14 @@ r"""Files of tensors with a header: safetensors, written atomically, never unpic
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import math
 import os
+import shutil
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,10 @@ from torch import Tensor
 _LARGEST_FILE = 2**34  # bytes: means of 120 levels of samples of 17 million elements; larger ones are holes or noise
 
 _LONGEST_HEADER = 2**22  # bytes: a million seeds
+
+_POSIX = os.name == "posix"
+
+_ONE_DAY = 24 * 60 * 60  # seconds
 
 
 def write_tensors(
@@ -59,11 +67,25 @@ def target_of(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
+def check_space(folder: Path, num_bytes: int = 0) -> None:
+    """Refuse a folder that no file of so many bytes can be written to, for want of permission or space.
+
+    A quota that the file system does not tell of goes unnoticed until a file is written.
+
+    Raises:
+        OSError: As the system says it.
+    """
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+    if shutil.disk_usage(folder).free < num_bytes:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def remove_leftovers(path: Path) -> None:
     """Remove what processes left beside a file that were killed while they wrote it."""
     path = target_of(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if not _is_alive(leftover.name.split(".")[-2]):
+        if not _is_in_use(leftover):
             leftover.unlink(missing_ok=True)
 
 
@@ -129,10 +151,12 @@ def _check_size(size: int, first_bytes: bytes) -> None:
         )
 
 
-def _is_alive(process: str) -> bool:
-    """Whether a process of that number runs on this machine, and may be writing."""
+def _is_in_use(temporary: Path) -> bool:
+    """Whether the process whose number a file has in its name runs on this machine, and may be writing it."""
+    if not _POSIX:  # os.kill would end the process there, whatever the signal: so what is old is nobody's
+        return time.time() - temporary.stat().st_mtime < _ONE_DAY
     try:
-        os.kill(int(process), 0)
+        os.kill(int(temporary.name.split(".")[-2]), 0)
     except (ValueError, ProcessLookupError):
         return False
     except OSError:  # somebody else's

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: `main` reads words, `commands` do the work, from `inputs` (files, functions) to `outputs`."""

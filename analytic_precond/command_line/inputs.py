@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from operator import attrgetter
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .._files import target_of
+from .._files import check_space, target_of
 from ..fitted_preconditionings.fitted import FittedPreconditioning
 from ..fitted_preconditionings.least_squares import LeastSquaresPreconditioning
 from ..fitted_preconditionings.per_mode import PerModePreconditioning
@@ -41,21 +40,7 @@ _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
 def load_teacher(teacher: str, data: str | None) -> tuple[object, object]:
-    """Return the denoiser and its data.
-
-    Args:
-        teacher: ``package.module:factory`` or ``path/to/file.py:factory``.
-        data: The same, or a file of tensors; None if the teacher's factory returns ``(denoiser, data)``.
-
-    Returns:
-        Both, as the functions returned them; tensors from files.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ImportError: If there is no such module or function.
-        TypeError: If a factory cannot be called without arguments, or returns something else.
-        ValueError: If an argument is no such thing, or there are no data.
-    """
+    """Return the denoiser and its data, as the functions that are named return them; tensors from files."""
     denoiser, own_data = _from_factory(teacher, "TEACHER"), None
     if isinstance(denoiser, tuple):
         if len(denoiser) != 2:
@@ -71,18 +56,7 @@ def load_teacher(teacher: str, data: str | None) -> tuple[object, object]:
 
 
 def load_file(path: str) -> Loaded:
-    """Read a file of statistics, or of a fitted preconditioning, whichever it is.
-
-    Args:
-        path: The file.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is another one, or damaged.
-    """
+    """Read a file of statistics, or of a fitted preconditioning, whichever it is."""
     kind = _FITTED.get(_kind_of(path))
     return load_statistics(path) if kind is None else kind.load(path)
 
@@ -95,16 +69,7 @@ def load_statistics(path: str) -> TeacherStatistics:
 
 
 def check_output(path: Path) -> None:
-    """Refuse a file that could not be written, before there is anything to write.
-
-    Args:
-        path: The file to be written.
-
-    Raises:
-        FileNotFoundError: If its folder does not exist.
-        OSError: If nothing can be written there.
-        ValueError: If it is a folder, a device or a pipe.
-    """
+    """Refuse a file that could not be written, before there is anything to write."""
     if path.is_dir():
         raise ValueError(f"--output must be a file, got the folder {path}: add a file name.")
     if path.exists() and not path.is_file():
@@ -113,8 +78,7 @@ def check_output(path: Path) -> None:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"--output must be in an existing folder, got {path.parent}: create it first.")
     try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+        check_space(path.parent)
     except OSError as error:
         raise OSError(error.errno, f"--output: nothing can be written to {path.parent} ({error.strerror})") from error
 

@@ -1,1 +1,5 @@
-"""A teacher's pass over data: sources of samples and noise, its arguments, memory, processes."""
+"""A teacher's pass over data.
+
+`arguments` are what every pass is asked with, `sources` yield clean samples and their noise, `memory` cuts work into
+pieces that fit, `processes` share it.
+"""

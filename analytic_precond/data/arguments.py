@@ -2,7 +2,6 @@ r"""What every pass of a teacher over data asks: how, where it runs, what it is 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .._checks import check_count
+from .._checks import check_count, warn_caller
 from ..teachers.denoiser import Denoiser, modules_of
 from .memory import BatchSize
 
@@ -48,10 +47,9 @@ def keywords_of(
     """Return the conditions of a batch, from what follows x in it, on the teacher's device."""
     if condition is None:
         if extra and any(vars(module).get("label_dim") for module in modules_of(denoiser)):  # EDM's take none for zeros
-            warnings.warn(
+            warn_caller(
                 "the teacher is class-conditional, but does not get the labels that the batches hold: pass "
-                "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's.",
-                stacklevel=3,
+                "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's."
             )
         return {}
     keywords = condition(*extra)
@@ -69,9 +67,8 @@ def warn_if_training(denoiser: Denoiser) -> None:
         rate = module.p if isinstance(module, _DropoutNd) else vars(module).get("dropout")
         drops = isinstance(rate, int | float) and rate > 0
         if module.training and (drops or isinstance(module, _BatchNorm)):
-            warnings.warn(
+            warn_caller(
                 f"the teacher is in training mode, with {type(module).__name__}"
-                f"{f' and a dropout of {rate:g}' if drops else ''}: call .eval() on it first.",
-                stacklevel=3,
+                f"{f' and a dropout of {rate:g}' if drops else ''}: call .eval() on it first."
             )
             return

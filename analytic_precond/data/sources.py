@@ -1,14 +1,12 @@
 r"""Data for the estimators: any source of images as batches of clean samples, each with noise of its own.
 
-Sample number i always gets the same noise for a given seed, whatever the batch size, the device or the process.
-
-Fingerprints of data and teachers: what tells a request that is taken up again from another one.
+Sample number i always gets the same noise for a given seed, whatever the batch size, the device or the process. A
+source says in words what it holds, with a fingerprint of its values, so that a run can be told from another one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from .._checks import check_finite, check_tensor
+from .._checks import check_finite, check_tensor, warn_caller
 
 Range = tuple[int, int]  # samples from one number to another, that one not included
 
@@ -51,7 +49,7 @@ def iterate_batches(data: object, num: int, batch_size: int, seed: int) -> Itera
     source = open_source(data, batch_size, seed)
     yield from source.batches([(0, num)], batch_size)
     if source.shortage:
-        warnings.warn(source.shortage, stacklevel=4)
+        warn_caller(source.shortage)
 
 
 def open_source(data: object, batch_size: int, seed: int) -> IndexedSource | StreamSource:
@@ -268,11 +266,11 @@ def _numbers(first: int, count: int) -> str:
     return f"data (samples {first} to {first + count - 1})"
 
 
-_VALUES = 4096
+_VALUES = 4096  # of each tensor in a fingerprint
 
 
 def digest(*tensors: Tensor) -> str:
-    """Return a fingerprint of some thousand values of each tensor, spread over all of it."""
+    """Return a fingerprint of tensors, of values spread over all of each."""
     result = hashlib.sha256()
     for x in tensors:
         values = x.detach().flatten()[:: max(1, x.numel() // _VALUES)]

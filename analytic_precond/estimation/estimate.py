@@ -19,10 +19,9 @@ from ..noise_levels.grids import log_noise_levels
 from ..statistics.moments import MOMENTS
 from ..statistics.teacher_statistics import L_METHODS, S_METHODS, TeacherStatistics
 from ..teachers.denoiser import Condition, Denoiser
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Request
 from .measurement import Measurement, where
 from .run import EstimationRun
-from .state import Request
 
 
 @torch.no_grad()
@@ -113,14 +112,15 @@ def estimate_statistics(
         check_count(num_samples, 2, "num_samples", "Samples come in pairs x_0 + t n, x_0 - t n.")
         if intercept:
             check_count(num_samples, 4, "num_samples", "An intercept needs two pairs.")
-        check_request(batch_size, seed, condition, description)
-        warn_if_training(denoiser)
         check_choice(l_method, L_METHODS, "l_method")
         check_choice(s_method, S_METHODS, "s_method")
-        levels = levels.detach().to("cpu", torch.float64)
+        check_request(batch_size, seed, condition, description)
+        name = name_of(denoiser, description)
         device = device_of(denoiser, data) if device is None else torch.device(device)
-        name, num_levels, largest = name_of(denoiser, description), len(levels), largest_batch(batch_size)
+        warn_if_training(denoiser)
+        levels = levels.detach().to("cpu", torch.float64)
         measure = Measurement(denoiser, l_method, s_method, batch_size)
+        num_levels, largest = len(levels), largest_batch(batch_size)
         checkpoint = None if resume is None else Checkpoint(resume, checkpoint_every, batch_size)
 
         with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
@@ -151,14 +151,11 @@ def estimate_statistics(
                         seen = 2 * (first + part.samples.stop)
                         bar.set_postfix(level=f"{part.level + 1}/{num_levels}", samples=seen, refresh=False)
                         moments[part.level, part.samples] = part.moments
-                        if state.centering is not None:
-                            state.centering.add(part.level, first + part.samples.start, part.features)
-                        if state.elements is not None:
-                            state.elements.add(part.level, part.features)
+                        state.add_features(part.level, first + part.samples.start, part.features)
                         bar.update(2 * len(part.moments))
                     moments = moments.to("cpu", torch.float64)  # one transfer per batch
                     _check_moments(moments, levels, number)
-                    state.sums.add(first, moments)
+                    state.add(first, moments)
             return run.statistics()
 
 

@@ -2,7 +2,6 @@ r"""One batch at all noise levels: the teacher is called, and inner products com
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import warn_caller
 from .._precision import wide_dtype
 from ..data.memory import BatchSize, Pieces
 from ..statistics.moments import inner_products, reference
@@ -36,11 +36,25 @@ class Measured(NamedTuple):
     features: list[Tensor]
 
 
+class Answers(NamedTuple):
+    """What the teacher says of rows, each a noisy sample with its level.
+
+    Attributes:
+        D: The estimates of the clean data. Shape of the rows.
+        y: Their derivatives along the ODE, dD/dlambda; None for ``transport``.
+        trace: Estimates of tr dD/dx, one for each row; None for ``stein``, which takes a pair's difference.
+    """
+
+    D: Tensor
+    y: Tensor | None
+    trace: Tensor | None
+
+
 class Measurement:
     """The estimators of l and s, as what they ask of the teacher.
 
-    The teacher is called on *rows*, each a noisy sample with its level. They run through levels, then samples, then the
-    two halves of a pair. A call gets as many as ``batch_size`` allows: several levels share one where samples are few.
+    It is called on *rows*, each a noisy sample with its level. They run through levels, then samples, then the two
+    halves of a pair. A call gets as many as ``batch_size`` allows: several levels share one where samples are few.
 
     Args:
         denoiser: The teacher.
@@ -54,7 +68,7 @@ class Measurement:
         self.l_method = l_method
         self.where = ""  # the levels and the batch at work, for error messages
         self.warned = False
-        self.jacobian_form = JacobianForm(self._teacher)
+        self.jacobian_form = None if l_method == "stein" else JacobianForm(self._teacher)
         self.ode_derivative = _ODE_DERIVATIVES.get(s_method)
         self.pieces = Pieces(batch_size)
 
@@ -90,48 +104,51 @@ class Measurement:
         return max(1, self.pieces.size // (2 * num_samples))
 
     def _measure(
-        self,
-        x_0: Tensor,
-        noise: Tensor,
-        probes: Tensor | None,
-        levels: Tensor,
-        condition: Condition,
-        samples: slice,
+        self, x_0: Tensor, noise: Tensor, probes: Tensor | None, levels: Tensor, condition: Condition, samples: slice
     ) -> tuple[Tensor, list[Tensor]]:
         """Return moments and features of some samples at some levels. Shapes ``(K, B, 7)`` and ``(2, K, B, d)``."""
-        num_samples, wide = len(x_0), wide_dtype(x_0.device)
-        x_0, noise, probes = x_0[samples], noise[samples], None if probes is None else probes[:, samples]
-        K, B = len(levels), len(x_0)
-        t, a = (
-            table.to(x_0.device, wide, non_blocking=True)
-            for table in (levels, torch.from_numpy(reference(levels.numpy())))
-        )
+        wide = wide_dtype(x_0.device)
+        a = torch.from_numpy(reference(levels.numpy()))
+        t, a = (table.to(x_0.device, wide, non_blocking=True) for table in (levels, a))
+        noise = noise[samples]
+        # 1. Rows: every pair x_0 ± t n at every level, side by side, since the teacher takes samples of any level.
+        x = _pairs(x_0[samples], noise, t)
+        # 2. Answers: D there, with the derivatives that the methods ask for.
+        answers = self._ask_all(x, t, probes, condition, samples, len(x_0))
+        # 3. Inner products: the seven numbers of a pair and level that all statistics are sums of.
+        return _inner_products(x, noise, t, a, answers)
 
-        step = t.reshape(-1, *[1] * noise.ndim) * noise
-        x = torch.stack([x_0 + step, x_0 - step], 2).to(x_0.dtype).flatten(0, 2)
-        t_rows = t.to(x.dtype).repeat_interleave(2 * B)
-        v = None if probes is None else probes.to(x).transpose(0, 1).flatten(0, 1)
-        sample = torch.arange(samples.start, samples.stop, device="cpu").repeat_interleave(2).repeat(K)
-        answers = [
-            self._ask(x[rows], t_rows[rows], None if v is None else v[rows], condition_rows(condition, s, num_samples))
-            for rows, s in _calls(sample, self.pieces.size)
-        ]
+    def _ask_all(
+        self, x: Tensor, t: Tensor, probes: Tensor | None, condition: Condition, samples: slice, num_samples: int
+    ) -> Answers:
+        """Ask the teacher about all rows, in as many calls as ``batch_size`` makes necessary."""
+        t_rows = t.to(x.dtype).repeat_interleave(len(x) // len(t))
+        sample = torch.arange(samples.start, samples.stop, device="cpu").repeat_interleave(2).repeat(len(t))
+        v = None if probes is None else probes[:, samples].to(x).transpose(0, 1).flatten(0, 1)  # there is one level
+        answers = []
+        for first in range(0, len(x), self.pieces.size):
+            rows = slice(first, first + self.pieces.size)
+            keywords = condition_rows(condition, sample[rows], num_samples)
+            answers.append(self._ask(x[rows], t_rows[rows], None if v is None else v[rows], keywords))
+        D, y, trace = (None if part[0] is None else torch.cat(part) for part in zip(*answers, strict=True))
+        assert D is not None
+        return Answers(D, y, trace)
 
-        denoised, y, trace = (None if p[0] is None else torch.cat(p) for p in zip(*answers, strict=True))
-        D, x, *derivative = (
-            rows.reshape(K, B, 2, -1).movedim(2, 0).to(wide) for rows in (denoised, x, y) if rows is not None
-        )
-        a = a[:, None, None]
-        features = [D - a * x, x, *(y - a * (D - x) for y in derivative)]
-
-        if trace is None:  # stein
-            n = noise.reshape(B, -1)
-            trace, norm = (n * (D[0] - D[1])).sum(-1) / (2 * t[:, None]), (n * n).sum(-1).expand(K, B)
-        else:
-            trace = trace.reshape(K, B, 2).mean(-1)
-            norm = torch.full_like(trace, D.shape[-1])
-        products = inner_products([feature.flatten(1, 2) for feature in features]).reshape(K, B, -1)
-        return torch.cat([trace[..., None], norm[..., None], products], -1), features
+    def _ask(self, x: Tensor, t: Tensor, v: Tensor | None, condition: Condition) -> Answers:
+        """Ask the teacher about the rows of one call."""
+        trace = None
+        if self.jacobian_form is None:  # stein
+            D = self._teacher(x, t, **condition)
+        elif v is not None:  # hutchinson: v J v has the mean tr J
+            D, trace = self.jacobian_form(x, t, v, condition)
+        else:  # exact: the diagonal of J, element by element
+            trace = torch.zeros(len(x), dtype=wide_dtype(x.device), device=x.device)
+            for unit in torch.eye(x[0].numel(), dtype=x.dtype, device=x.device):
+                D, element = self.jacobian_form(x, t, unit.reshape(x.shape[1:]).expand_as(x).clone(), condition)
+                trace += element
+        D = D.clone()  # the teacher may reuse its output's memory
+        y = None if self.ode_derivative is None else self.ode_derivative(self._teacher, x, t, D, condition)
+        return Answers(D, y, trace)
 
     def _teacher(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         """Call the teacher on copies, which it may overwrite, and check what it returns."""
@@ -148,38 +165,49 @@ class Measurement:
             )
         if denoised.dtype.itemsize < 4 and not self.warned:
             self.warned = True
-            warnings.warn(
+            warn_caller(
                 f"the teacher returns {denoised.dtype}, whose rounding hides what D changes of x at small noise: "
-                f"compute c_skip x + c_out F in float32, as NetworkDenoiser does (docs/scale.md, Precision).",
-                stacklevel=2,
+                f"compute c_skip x + c_out F in float32, as NetworkDenoiser does (docs/scale.md, Precision)."
             )
         return denoised
 
-    def _ask(
-        self, x: Tensor, t: Tensor, probe: Tensor | None, condition: Condition
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return D, dD/dlambda if needed, and the trace estimate (not for ``stein``, which takes both halves)."""
-        trace = None
-        if self.l_method == "hutchinson" and probe is not None:
-            denoised, trace = self.jacobian_form(x, t, probe, condition)
-        elif self.l_method == "exact":
-            trace = torch.zeros(len(x), dtype=wide_dtype(x.device), device=x.device)
-            for unit in torch.eye(x[0].numel(), dtype=x.dtype, device=x.device):
-                direction = unit.reshape(x.shape[1:]).expand_as(x).clone()
-                denoised, element = self.jacobian_form(x, t, direction, condition)
-                trace += element
-        else:
-            denoised = self._teacher(x, t, **condition)
-        denoised = denoised.clone()  # the teacher may reuse its output's memory
-        y = None if self.ode_derivative is None else self.ode_derivative(self._teacher, x, t, denoised, condition)
-        return denoised, y, trace
+
+def _pairs(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """Return the rows x_0 ± t n, over levels, then samples, then halves. Shape ``(K B 2, ...)``, dtype of ``x_0``.
+
+    They are added in the wide dtype and rounded once, so that x holds t n as well as its own dtype can.
+    """
+    step = t.reshape(-1, *[1] * noise.ndim) * noise
+    return torch.stack([x_0 + step, x_0 - step], 2).to(x_0.dtype).flatten(0, 2)
 
 
-def _calls(sample: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
-    """Cut rows into calls: the rows, and their samples."""
-    for first in range(0, len(sample), size):
-        rows = slice(first, first + size)
-        yield rows, sample[rows]
+def _inner_products(x: Tensor, noise: Tensor, t: Tensor, a: Tensor, answers: Answers) -> tuple[Tensor, list[Tensor]]:
+    """Return what the rows' answers are to the statistics, in the wide dtype.
+
+    Args:
+        x: The rows.
+        noise: The noise n. Shape ``(B, ...)``.
+        t: The levels. Shape ``(K,)``.
+        a: The part of x in D that is left out of E, at each level. Shape ``(K,)``.
+        answers: What the teacher said of the rows.
+
+    Returns:
+        The moments, shape ``(K, B, 7)``, and the features E, x (and y), shape ``(2, K, B, d)`` each.
+    """
+    K, B = len(t), len(noise)
+    halves = [rows.reshape(K, B, 2, -1).movedim(2, 0) for rows in (answers.D, x, answers.y) if rows is not None]
+    D, x, *derivative = (rows.to(noise.dtype) for rows in halves)
+    # E = D - a x, and its derivative along the ODE, on which dx/dlambda = D - x
+    a = a[:, None, None]
+    features = [D - a * x, x, *(y - a * (D - x) for y in derivative)]
+    if answers.trace is None:  # stein: n.(D_+ - D_-) / 2t has the mean tr J, and n.n the mean d
+        n = noise.reshape(B, -1)
+        trace, norm = (n * (D[0] - D[1])).sum(-1) / (2 * t[:, None]), (n * n).sum(-1).expand(K, B)
+    else:
+        trace = answers.trace.reshape(K, B, 2).mean(-1)
+        norm = torch.full_like(trace, D.shape[-1])
+    products = inner_products([feature.flatten(1, 2) for feature in features]).reshape(K, B, -1)
+    return torch.cat([trace[..., None], norm[..., None], products], -1), features
 
 
 def where(levels: Sequence[float], first: int, batch: int) -> str:

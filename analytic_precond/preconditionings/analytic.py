@@ -14,7 +14,7 @@ from ..interpolation import splines
 from ..interpolation.element_table import ElementTable, element_name
 from ..interpolation.integral_table import Function, IntegralTable
 from ..interpolation.splines import Array
-from ..statistics.remainder import log_scale_spline
+from ..statistics.moments import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
 from .base import Preconditioning, Scalings
 

@@ -11,7 +11,7 @@ from .._checks import check_choice, check_finite, check_levels, check_tensor
 from ..interpolation import splines
 from ..interpolation.element_table import ElementTable
 from ..interpolation.splines import Array
-from ..statistics.remainder import log_scale_spline
+from ..statistics.moments import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
 from .analytic import EulerStepPreconditioning, check_statistics, theta_of
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice
-from .moments import PRODUCTS, Array, reference
-from .remainder import is_resolved, remainder_square, scales
+from .moments import PRODUCTS, Array, is_resolved, reference, remainder_square, scales
 
 
 @dataclass(frozen=True, eq=False, repr=False)

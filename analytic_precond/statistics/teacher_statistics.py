@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .._checks import check_choice, check_finite, check_levels
 from .._files import read_tensors, sample_shape_of, write_tensors
 from .element_statistics import PARTS, ElementStatistics
-from .moments import MOMENTS, Array, jackknife, reference
-from .remainder import PRECISIONS, is_resolved, remainder_square, scales
+from .moments import MOMENTS, PRECISIONS, Array, is_resolved, jackknife, reference, remainder_square, scales
 
 L_METHODS = ("stein", "hutchinson", "exact")
 
@@ -193,27 +191,26 @@ class TeacherStatistics:
 
     @cached_property
     def _estimates(self) -> tuple[Tensor, ...]:
-        counts, sums = self.counts.numpy(), self.sums.numpy()
+        """Return l, g_rms and s, each before its standard error (docs/method.md, section 6)."""
+        levels, counts, sums = self.levels.numpy(), self.counts.numpy(), self.sums.numpy()
         linear = jackknife(counts, sums, lambda means: (means[..., 0] / means[..., 1],))
-        resolved = self._resolved(sums.sum(0) / counts.sum(), *linear[0])
-        pairs = linear + jackknife(counts, sums, lambda means: self._scales(means, resolved))
-        return tuple(torch.from_numpy(np.ascontiguousarray(v)) for pair in pairs for v in pair)
 
-    def _resolved(self, means: Array, l: Array, l_stderr: Array) -> NDArray[np.bool_]:
-        """Tell where the remainder is more than rounding of D, or of D's differences, which move l. Shape (K,)."""
-        a = reference(self.levels.numpy())
-        _, _, EE, Ex, xx, _, _ = np.moveaxis(means, -1, 0)
-        gg = remainder_square(EE, Ex, xx, l - a)
+        # where the remainder is more than rounding of D, or of D's differences, which move l
+        (l, l_stderr), a = linear[0], reference(levels)
+        _, _, EE, Ex, xx, _, _ = np.moveaxis(sums.sum(0) / counts.sum(), -1, 0)
         DD = EE + 2 * a * Ex + a**2 * xx
         if self.mean_denoised is not None:  # rounding is relative to D itself, not to what centring left of it
             DD = DD + self.mean_denoised.reshape(len(DD), -1).square().sum(1).numpy()
-        return is_resolved(gg, EE, DD, xx, l_stderr, self.header.precision)
+        gg = remainder_square(EE, Ex, xx, l - a)
+        resolved = is_resolved(gg, EE, DD, xx, l_stderr, self.header.precision)
 
-    def _scales(self, means: Array, resolved: NDArray[np.bool_]) -> tuple[Array, Array]:
-        """Return g_rms and s from mean moments, 0 where g is not resolved. Shapes: ``(R, K, 7)`` to ``(R, K)``."""
-        trace, norm, *products = np.moveaxis(means, -1, 0)
-        levels, size = self.levels.numpy(), self.header.sample_size
-        return scales(levels, trace / norm, np.stack(products), resolved, size, self.header.s_method)
+        def of_remainder(means: Array) -> tuple[Array, Array]:  # shapes (R, K, 7) to (R, K)
+            trace, norm, *products = np.moveaxis(means, -1, 0)
+            size, s_method = self.header.sample_size, self.header.s_method
+            return scales(levels, trace / norm, np.stack(products), resolved, size, s_method)
+
+        pairs = linear + jackknife(counts, sums, of_remainder)
+        return tuple(torch.from_numpy(np.ascontiguousarray(v)) for pair in pairs for v in pair)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the statistics as a safetensors file, atomically: an existing file is replaced whole or not at all.
