@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -12,6 +13,10 @@ from hypothesis import settings
 # the same examples on every machine, and no time limit on each: machines are shared
 settings.register_profile("steady", derandomize=True, deadline=None)
 settings.load_profile("steady")
+
+
+# a background shell starts its processes deaf to interruptions, which tests send to themselves and to others
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

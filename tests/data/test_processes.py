@@ -52,7 +52,7 @@ def good_runs(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_several_processes_give_the_numbers_of_one(size: int, tmp_path: Path) -> None:
     every = in_processes(size, tmp_path, good_runs)
     for name, alone in all_sources().items():
@@ -157,7 +157,7 @@ def killed_run(rank: int, size: int, folder: Path) -> Any:
     return outcome(lambda: estimate(DATA, teacher))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_others_outlive_a_killed_process(tmp_path: Path) -> None:
     first, second, third = in_processes(3, tmp_path, killed_run)
     assert second is None
@@ -184,7 +184,7 @@ def resumed_runs(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_processes_resume(tmp_path: Path) -> None:
     every = in_processes(2, tmp_path, resumed_runs)
     for result in every:
@@ -204,7 +204,7 @@ def test_several_processes_resume(tmp_path: Path) -> None:
         estimate(shard(0, 2), intercept=True, resume=tmp_path / "own")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun(tmp_path: Path) -> None:
     script = str(Path(scale_runs.__file__))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

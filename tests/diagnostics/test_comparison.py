@@ -46,6 +46,7 @@ def test_differences_are_those_of_the_tables() -> None:
         assert difference.largest == abs(pair[0] - pair[1])
 
 
+@pytest.mark.long
 def test_standard_errors_are_those_of_repeated_runs() -> None:
     ends = LEVELS[[2, 5]]  # one jump, so that the largest z is the only one
     runs = [

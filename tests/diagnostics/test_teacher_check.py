@@ -84,6 +84,7 @@ def test_ideal_denoiser_of_real_images_is_consistent() -> None:
     assert report.verdict == "consistent", str(report)
 
 
+@pytest.mark.long
 def test_small_trained_network_is_close(trained: MLP) -> None:
     report = check(trained, levels=ap.log_noise_levels(40), num_samples=512)
     assert report.verdict == "close", str(report)

@@ -251,6 +251,7 @@ def test_no_gradient_reaches_the_target_however_it_is_held(
             torch.testing.assert_close(parameter.grad, expected.grad)
 
 
+@pytest.mark.long
 # Dynamo's own doing
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")

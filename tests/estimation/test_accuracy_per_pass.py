@@ -73,7 +73,7 @@ def test_the_same_samples_at_every_level_err_alike() -> None:
     assert independent > 3 * np.median(common), (independent, np.median(common))  # 10 times in docs/method.md
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_script_runs(tmp_path: Path) -> None:
     pytest.importorskip("skimage", reason="the benchmark's data sets are loaded with scikit-image's photographs")
     command = [sys.executable, str(SCRIPT), "--smoke", "--output", str(tmp_path)]

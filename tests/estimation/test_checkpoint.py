@@ -36,7 +36,7 @@ def num_kept(path: Path) -> int:
     return int(safetensors.torch.load(path.read_bytes())["counts"].sum())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_process_killed_many_times_ends_with_the_same_file(tmp_path: Path) -> None:
     estimate(DATA, intercept=True, num_samples=320).save(tmp_path / "alone")
     alone = (tmp_path / "alone").read_bytes()

@@ -54,7 +54,7 @@ def test_mixture_with_and_without_intercept(intercept: bool) -> None:
         assert z.abs().max() < 4.5, (name, z)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("l_method", "s_method", "intercept"),
     [("stein", "transport", False), ("stein", "transport", True), ("hutchinson", "finite-difference", False)],

@@ -79,7 +79,7 @@ def assert_same(a: Any, b: Any) -> None:
         assert a == b
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_goes_on_bit_for_bit(folder: Path) -> None:
     options = ["--data", str(folder / "images.zip"), "--iterations", "400"]
     killed = start(folder, *options, "--output", str(folder / "killed"))
@@ -103,7 +103,7 @@ def test_a_killed_run_goes_on_bit_for_bit(folder: Path) -> None:
         assert (folder / "whole" / name).stat().st_size > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_of_images_another_preconditioning_and_refusals(folder: Path) -> None:
     options = ["--data", str(folder / "images"), "--iterations", "2", "--output", str(folder / "run")]
     finish(start(folder, *options, "--preconditioning", "ctm"))
@@ -178,7 +178,7 @@ def test_its_own_teacher_takes_one_thread_and_a_file_for_everybody(
     assert {path.name for path in tmp_path.iterdir()} == {"new", "teacher.safetensors"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_interrupted_it_says_from_where_it_goes_on(folder: Path) -> None:
     """By Ctrl-C, before there is anything to keep and after."""
     command = [sys.executable, str(SCRIPT), "--output", str(folder / "none")]
@@ -204,7 +204,7 @@ def test_interrupted_it_says_from_where_it_goes_on(folder: Path) -> None:
     assert "Traceback" not in output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_photographs_and_a_teacher_of_the_examples_own(tmp_path: Path) -> None:
     """An untrained one, that would otherwise take most of a minute to train."""
     sys.path.insert(0, str(ROOT / "examples"))

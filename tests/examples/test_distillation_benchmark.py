@@ -47,7 +47,7 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_smoke_benchmark_survives_a_kill_and_reports(tmp_path: Path) -> None:
     results, docs = tmp_path / "smoke", tmp_path / "docs"

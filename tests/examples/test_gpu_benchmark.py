@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 
+import pytest
 from checkout import BENCHMARKS
 
 SCRIPT = BENCHMARKS / "gpu.py"
 
 
+@pytest.mark.long
 def test_tiny_benchmark_prints_every_comparison() -> None:
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny"]
     printed = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout

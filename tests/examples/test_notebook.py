@@ -101,7 +101,7 @@ def test_links_lead_somewhere(stored: Any) -> None:
     assert [link for link in links if not (NOTEBOOK.parent / link).is_file()] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_to_the_outputs_that_it_stores(stored: Any, tmp_path: Path) -> None:
     fresh = run(NOTEBOOK, tmp_path)
     for old, new in zip(stored.cells, fresh.cells, strict=True):

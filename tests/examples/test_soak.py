@@ -14,7 +14,7 @@ import soak
 CPU = torch.device("cpu")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_steps_are_compiled_once_and_leave_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
     growth, recompilations = soak.soak(50, "eager", CPU)  # traced and guarded like any backend, but quickly

@@ -362,6 +362,7 @@ class TestJump:
         torch.testing.assert_close(half.float(), expected, rtol=2e-3, atol=1e-2)  # of x = 3, times c_out up to 3
         assert precond.jump(x.double(), D, T, S).dtype == torch.float64
 
+    @pytest.mark.long
     def test_compiles_maps_and_differentiates(self, precond: PerModePreconditioning) -> None:
         x, D = batch(6)
         expected = precond.jump(x, D, T, S)

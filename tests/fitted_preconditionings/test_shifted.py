@@ -104,6 +104,7 @@ class TestGaussian:
         """Against plain least squares: known from the normal equations, not from the library."""
         assert miss_of(images, IMAGES, 80.0, 0.002) < 0.4 * best_jump(IMAGES, 80.0, 0.002, 80.0)[2]
 
+    @pytest.mark.long
     def test_finer_tables_agree(self, images: ShiftedPreconditioning) -> None:
         finer = exact_gaussian(IMAGES, 32)
         for t, s in JUMPS:

@@ -28,6 +28,7 @@ from stand_in_torchvision import working_torchvision
 import analytic_precond as ap
 
 DOCS = ROOT / "docs"
+pytestmark = pytest.mark.long  # the site is built, its code run, its pages looked at in a browser
 PAGES = {path.relative_to(DOCS).as_posix(): path.read_text() for path in sorted(DOCS.rglob("*.md"))}
 WITH_CODE = [name for name, text in PAGES.items() if "```python" in text]
 ELSEWHERE = {
@@ -273,7 +274,7 @@ def note_complaints(page: Any, complaints: list[str]) -> None:
     page.on("requestfailed", failed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(chromium() is None, reason="no Chromium on this machine")
 def test_pages_in_a_browser(site: Path) -> None:
     """Nothing is reported, loaded from elsewhere or wider than a telephone; formulas and pictures are there."""

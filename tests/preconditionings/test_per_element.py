@@ -168,6 +168,7 @@ def test_without_float64() -> None:
     assert zero.c_out.eq(0).all()
 
 
+@pytest.mark.long
 def test_compiled_without_graph_breaks() -> None:
     precond = PerElementPreconditioning(statistics(variances()))
     t, x = torch.tensor([5.0, 1.0, 0.3]), torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))

@@ -161,6 +161,7 @@ def _estimate_a_share(rank: int, size: int, folder: Path) -> tuple[Tensor, Tenso
     return stats.element_means, stats.sums
 
 
+@pytest.mark.long
 def test_processes_share_the_work(tmp_path: Path) -> None:
     alone = estimate(DATA, per_element=True, intercept=True)
     results = in_processes(2, tmp_path, _estimate_a_share)

@@ -59,12 +59,14 @@ def test_good_files_are_good(good: dict[str, bytes], path: Path) -> None:
     assert all(load(content, path) is not None for content in good.values())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_damaged_files_are_refused_or_usable(path: Path) -> None:
     usable = fuzz_at_random(3000, 0, path)  # fails within; tests/support/file_fuzzer.py does more of it
     assert 100 < usable < 2000  # some damage is in places that do not matter
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_damaged_archives_are_refused_or_usable(tmp_path: Path) -> None:
     assert all(load_archive(content, tmp_path / "l.npz") for content in good_archives())
@@ -72,6 +74,7 @@ def test_damaged_archives_are_refused_or_usable(tmp_path: Path) -> None:
     assert 30 < usable < 1000
 
 
+@pytest.mark.long
 @pytest.mark.timeout(60)
 def test_an_archive_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
     levels = 2**29 // (4 * 3 * 64 * 64)
@@ -279,8 +282,8 @@ def test_seeds_of_very_many_runs_are_kept(path: Path) -> None:
         ("least squares", "seed", -1, "seed below"),
         ("least squares", "sigma_data", math.nan, "sigma_data must be positive"),
         ("least squares", "sigma_data", 1, "'sigma_data' must be a number"),
-        ("dct", "sample_shape", [12], r"a cosine basis needs images \(C, H, W\) or \(H, W\)"),
-        ("dct", "sample_shape", [3, 1, 2, 2], "a cosine basis needs images"),
+        ("dct", "sample_shape", [12], r"basis 'dct' needs images \(C, H, W\) or \(H, W\)"),
+        ("dct", "sample_shape", [3, 1, 2, 2], "basis 'dct' needs images"),
     ],
 )
 def test_headers_that_do_not_fit(

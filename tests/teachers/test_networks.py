@@ -73,6 +73,7 @@ class TestTrajectory:
         alphas = path(ends)[0]
         return self.solve(velocity, alphas[0] * x, *ends.tolist()) / alphas[1]
 
+    @pytest.mark.long
     @pytest.mark.parametrize("name", ["vp-linear", "flow-0", "flow-1", "trigflow"])
     def test_same_end(self, name: str) -> None:
         schedule, path = PATHS[name]
