@@ -146,3 +146,67 @@ def test_frechet_distance_of_diagonal_normals(load: object) -> None:
     y = torch.tensor([1.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 1.0])).double()
     # |m - m'|^2 + sum (sqrt(c) - sqrt(c'))^2
     assert metrics.frechet_distance(x, y) == pytest.approx(4.0 + 1.0 + 4.0, rel=1e-12)
+
+
+def plateau_run(module: ModuleType, sizes: ModuleType, method: str, seed: int, values: dict[float, float]) -> object:
+    """A run whose every metric follows ``values``, from the share of the training."""
+    problem = module.CONFIG.problem("digits")
+    history = [
+        {"iteration": round(share * problem.iterations), **dict.fromkeys(module.METRICS, value), "levels": [value] * 17}
+        for share, value in values.items()
+    ]
+    return sizes.Run("digits", method, seed, module.CONFIG.learning_rate, problem.iterations), history
+
+
+def test_plateaus_are_compared_by_seed(load: object) -> None:
+    module, sizes = load("plateau"), load("configurations")
+    shares = module.CONFIG.shares
+    results = dict(
+        plateau_run(
+            module,
+            sizes,
+            method,
+            seed,
+            {share: factor * (seed + 1) * (9.0 if share < 0.3 else 1.0) for share in shares},
+        )
+        for seed, ratio in enumerate((0.8, 0.5, 0.8))
+        for method, factor in (("ctm-euler", 1.0), ("shifted", ratio))
+    )
+    (found, *others) = module.compare(results, module.CONFIG, "digits", "shifted").values()
+    assert found.ratios == pytest.approx((0.8, 0.5, 0.8))  # CTM's own differences between seeds do not enter
+    assert found.mean == pytest.approx(0.32 ** (1 / 3))
+    # ln 0.8, ln 0.5, ln 0.8: mean -0.3798, standard error 0.1567, t = 2.424 with two degrees of freedom
+    assert found.p == pytest.approx(0.1363, abs=2e-4)
+    assert found.corrected == 1.0 == others[-1].corrected  # times 16 metrics, none below another
+    low, high = found.interval()
+    assert (math.log(low), math.log(high)) == pytest.approx(
+        (-0.3798 - 4.3027 * 0.1567, -0.3798 + 4.3027 * 0.1567), abs=1e-3
+    )
+    assert module.drift(next(iter(results.values())), "midpoint", 3000) == pytest.approx(1.0)
+    text = "".join(module.tables(results, module.CONFIG, "digits"))
+    assert "0.684 [0.349, 1.342]" in text
+    assert "shifted least squares (3 seeds)" in text
+    assert module.draw_alignment(results, module.CONFIG, "digits").axes[0].get_lines()[0].get_ydata()[
+        -1
+    ] == pytest.approx(6 ** (1 / 3))
+
+
+def test_p_values_are_corrected_for_their_number(load: object) -> None:
+    """Holm 1979, by hand: the smallest times 4, the next times 3, ..., never below one before it."""
+    assert load("plateau").holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_speedups_are_read_off_smoothed_curves(load: object) -> None:
+    module, sizes = load("plateau"), load("configurations")
+    curve = [{"iteration": i, "midpoint": v} for i, v in ((0, 8.0), (1, 1.0), (2, 8.0), (4, 8.0))]
+    assert [point["midpoint"] for point in module.smoothed(curve, "midpoint")] == pytest.approx([8**0.5, 4.0, 4.0, 8.0])
+    slow = {share: max(1.0, 0.5 / share) if share else 99.0 for share in module.CONFIG.shares}
+    fast = {share: max(1.0, 0.25 / share) if share else 99.0 for share in module.CONFIG.shares}
+    results = dict(
+        plateau_run(module, sizes, method, seed, values)
+        for seed in (0, 1)
+        for method, values in (("ctm-euler", slow), ("shifted", fast))
+    )
+    words = module.speedup(results, module.CONFIG, "digits", "shifted", "midpoint")
+    assert float(words.split()[0]) == pytest.approx(2.0, rel=0.1)  # half the iterations, but for smoothing
+    assert words.split()[1:] == [f"[{words.split()[0]},", f"{words.split()[0]}]"]  # both seeds alike
