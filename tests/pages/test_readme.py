@@ -50,3 +50,16 @@ def test_public_names_are_documented_and_exist() -> None:
     for name in ap.__all__:
         value = getattr(ap, name)
         assert not callable(value) or (value.__doc__ or "").strip(), name
+
+
+def test_contributing_names_files_that_exist() -> None:
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`(?:\S+ )*?([\w.]+/[\w./]*|[\w/]+\.py)(?: --list)?`", page))
+    assert {"preconditionings/hand_crafted.py", "teachers/", ".ci/walks.py", "tests/support/file_fuzzer.py"} <= named
+    roots = (
+        ROOT,
+        ROOT / "analytic_precond",
+        ROOT / "tests" / "preconditionings",
+        ROOT / "analytic_precond" / "noise_levels",
+    )
+    assert not {name for name in named if not any((root / name).exists() for root in roots)}
