@@ -135,8 +135,7 @@ def main() -> None:
 
     patches = load_patches()
     sigma_data = patches.std().item()
-    network = train_teacher(patches, sigma_data, steps=500)
-    teachers = {"ideal denoiser": ap.EmpiricalDenoiser(patches), "network": network}
+    teachers = {"ideal denoiser": ap.EmpiricalDenoiser(patches), "network": train_teacher(patches, sigma_data)}
 
     statistics, preconditionings = {}, {"CTM": ap.CTMPreconditioning(sigma_data=sigma_data)}
     for name, teacher in teachers.items():
