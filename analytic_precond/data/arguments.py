@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from .._checks import check_count, warn_caller
+from .._conditions import Condition, on_device, plain
 from ..teachers.denoiser import Denoiser, modules_of
 from .memory import BatchSize
 
@@ -42,8 +43,8 @@ def device_of(denoiser: Denoiser, data: object) -> torch.device | None:
 
 
 def keywords_of(
-    condition: Callable[..., Mapping[str, Any]] | None, extra: tuple[Any, ...], denoiser: Denoiser, device: torch.device
-) -> dict[str, Any]:
+    condition: Callable[..., Condition] | None, extra: tuple[Any, ...], denoiser: Denoiser, device: torch.device
+) -> Condition:
     """Return the conditions of a batch, from what follows x in it, on the teacher's device."""
     if condition is None:
         if extra and any(vars(module).get("label_dim") for module in modules_of(denoiser)):  # EDM's take none for zeros
@@ -52,13 +53,14 @@ def keywords_of(
                 "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's."
             )
         return {}
-    keywords = condition(*extra)
+    keywords = condition(*plain(extra))
     if not isinstance(keywords, Mapping):
         raise TypeError(
             f"condition must return a dict of the teacher's keyword arguments, got {type(keywords).__name__}: "
             f"lambda label: {{'class_labels': label}}."
         )
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in keywords.items()}
+    told: Condition = on_device(keywords, device)
+    return told
 
 
 def warn_if_training(denoiser: Denoiser) -> None:

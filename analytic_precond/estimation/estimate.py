@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._checks import check_choice, check_count, check_levels
+from .._conditions import Condition
 from .._precision import wide_dtype
 from ..data.arguments import check_request, device_of, keywords_of, name_of, warn_if_training
 from ..data.memory import BatchSize, largest_batch
@@ -18,7 +19,7 @@ from ..data.sources import open_source, pair_noise, weights_of
 from ..noise_levels.grids import log_noise_levels
 from ..statistics.moments import MOMENTS
 from ..statistics.teacher_statistics import L_METHODS, S_METHODS, TeacherStatistics
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 from .checkpoint import Checkpoint, Request
 from .measurement import Measurement, where
 from .run import EstimationRun

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_levels
+from .._conditions import Condition
 from .._files import read_tensors, write_tensors
 from ..data.memory import BatchSize
 from ..preconditionings.base import Preconditioning, Scalings
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 from .follow import FitHeader, FitRun, fit_run
 from .jump_regression import JumpTable
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._checks import check_count, check_levels, check_positive
+from .._conditions import Condition
 from .._files import sample_shape_of
 from .._precision import network_dtype, wide_dtype
 from ..data.arguments import check_request, device_of, keywords_of, name_of, warn_if_training
@@ -21,7 +22,7 @@ from ..data.memory import BatchSize, Pieces
 from ..data.sources import Batch, iterate_batches, pair_noise
 from ..noise_levels.grids import log_noise_levels
 from ..ode.trajectories import PASSES_PER_STEP, Start, trajectory
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 
 _NUM_LEVELS = 40  # docs/method.md, section 10: c_out is then good to 7e-6
 

@@ -2,7 +2,7 @@ r"""The teacher: one interface for every trained diffusion model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -24,6 +24,3 @@ class Denoiser(Protocol):
 def modules_of(denoiser: Denoiser) -> Iterable[nn.Module]:
     """Return a teacher's modules, itself among them; none of a function."""
     return denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-
-
-Condition = Mapping[str, Any]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_tensor
+from .._conditions import expanded, on_device, plain
 from .._precision import network_dtype, wide_dtype
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import EDMSchedule, Schedule
@@ -76,7 +77,8 @@ class NetworkDenoiser(nn.Module):
         float_dtype = torch.promote_types(x.dtype, torch.float32)
         z = (expand_to(c_in, x).to(float_dtype) * x).to(self._network_dtype(x.dtype))
 
-        output = self._call_network(z, c_noise, {**self.condition, **condition})
+        told = {**expanded(self.condition, len(x)), **plain(condition)}
+        output = self._call_network(z, c_noise, on_device(told, z.device))
         float_dtype = torch.promote_types(float_dtype, output.dtype)
         c_skip, c_out = (expand_to(c, x).to(float_dtype) for c in (c_skip, c_out))
         return (c_skip * x + c_out * output).to(x.dtype)
@@ -85,7 +87,6 @@ class NetworkDenoiser(nn.Module):
         """Call the network; its output has z's shape or an error says why not."""
         if c_noise.is_floating_point():  # times and embeddings lose their meaning in half precision
             c_noise = c_noise.to(torch.promote_types(z.dtype, torch.float32))
-        condition = {k: v.to(z.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in condition.items()}
         try:
             output = self.network(z, c_noise, **condition)
         except TypeError as error:
