@@ -61,7 +61,7 @@ def consistency_distillation_loss(
         num_steps: The teacher's steps from t to u where those are no levels of a grid: one number, or one per sample.
             Default: as many as EDM's grid of 18 levels has there. Like the times, keep it on the CPU.
         share_dropout: Give student and target the same dropout masks.
-        **condition: Handed to teacher, student and target.
+        **condition: Handed to teacher, student and target. They follow the samples: see `common`.
 
     Returns:
         The loss and its terms.

@@ -78,7 +78,8 @@ def estimate_statistics(
             They take 64 bytes per element and level (104 with derivatives), 94 MB for 64x64x3 on 120 levels, and change
             nothing else. Other numbers of processes change their rounding.
         condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments, e.g.
-            ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored.
+            ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored. What it
+            returns follows the samples: see `common`.
         device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
         description: The teacher in words, for the file's header. Default: its name.
         resume: A file that keeps what is finished: an interrupted estimate, called again in the same way, goes on from

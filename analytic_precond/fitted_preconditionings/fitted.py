@@ -74,7 +74,8 @@ class FittedPreconditioning(Preconditioning):
             sigma_data: Standard deviation of the data, for `on_network`.
             progress: Show a progress bar.
             condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments, e.g.
-                ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored.
+                ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored. What it
+                returns follows the samples: see `common`.
             device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
             description: The teacher in words, for the file's header. Default: its name.
 

@@ -49,7 +49,7 @@ def solve_ode(
         dtype: The dtype that the data are carried in and returned in. Default: ``x``'s. torch.float64 avoids the
             rounding of many small steps; the teacher is called in its own dtype all the same.
         progress: Show a progress bar.
-        **condition: Handed to the teacher (`common`).
+        **condition: Handed to the teacher.
 
     Returns:
         The data at ``levels[-1]``, shape of ``x``; the trajectory has shape ``(K, B, ...)`` and starts with ``x``.
@@ -104,7 +104,7 @@ def heun_solve(
             shape ``(B,)``, or one for all. The values of levels and indices decide what is called, so they are read:
             keep all three on the CPU to avoid a synchronisation.
         dtype: The dtype that the data are carried in and returned in, as for `solve_ode`.
-        **condition: Handed to the teacher; it follows the samples still on their way (`common`).
+        **condition: Handed to the teacher. They follow the samples still on their way: see `common`.
 
     Returns:
         The data, sample i at level ``levels[stop[i]]``. Shape of ``x``.

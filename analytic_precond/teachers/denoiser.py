@@ -14,7 +14,8 @@ class Denoiser(Protocol):
 
     ``x`` is noisy data of shape ``(B, ...)`` with ``x = x_0 + t n``, ``t`` the noise levels (EDM's sigma) of shape
     ``(B,)`` in ``x``'s dtype, and the result has ``x``'s shape. Labels, prompts and other conditions are keyword
-    arguments. A function, an `nn.Module` or a lambda will do; put a network in eval mode first.
+    arguments; `common` says how they follow their samples. A function, an `nn.Module` or a lambda will do; put a
+    network in eval mode first.
     """
 
     def __call__(self, x: Tensor, t: Tensor, /, *args: Any, **condition: Any) -> Tensor:

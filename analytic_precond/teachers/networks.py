@@ -33,7 +33,7 @@ class NetworkDenoiser(nn.Module):
             `nn.Module`, its parameters are the denoiser's.
         scalings: From noise levels of shape ``(B,)`` to ``(c_skip, c_out, c_in, c_noise)``, for example an
             `EDMPreconditioning`.
-        condition: Conditions for every call, e.g. labels; those of a call come on top.
+        condition: Conditions of one sample, for all, e.g. a null label (see `common`); those of a call come on top.
         dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
         learned_variance: Drop the second half of twice as many channels as ``x`` has.
 
@@ -144,7 +144,7 @@ def denoiser_from_network(
         schedule: The noise schedule that the network was trained under.
         dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
         learned_variance: Drop the second half of twice as many channels (guided-diffusion's learned sigma).
-        **condition: Conditions for every call, e.g. labels; those of a call come on top.
+        **condition: Conditions of one sample, for all, e.g. a null label (see `common`); those of a call come on top.
 
     Returns:
         The denoiser.
@@ -172,7 +172,8 @@ def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkD
 
     Args:
         network: The network, in eval mode.
-        **condition: Conditions for every call, e.g. ``class_labels``; those of a call come on top.
+        **condition: Conditions of one sample, for all, e.g. ``class_labels`` (see `common`); those of a call come on
+            top.
 
     Returns:
         The denoiser.
