@@ -125,6 +125,34 @@ def on_device(condition: Any, device: torch.device) -> Any:
     return _mapped(condition, of)
 
 
+class Ownership:
+    """Remembers what of a run's conditions was the samples', and refuses what is theirs in some batches only."""
+
+    def __init__(self) -> None:
+        self._theirs: dict[str, bool] = {}
+
+    def check(self, condition: Any, batch: int, name: str = "condition") -> None:
+        """Look at the conditions of ``batch`` samples.
+
+        Raises:
+            ValueError: If a part is the samples' here and was not before, or the other way round.
+        """
+        if isinstance(condition, Common):
+            return
+        theirs = _has_rows(condition, batch) or (isinstance(condition, list) and _are_samples(condition, batch))
+        has_entries = isinstance(condition, list) or isinstance(condition, Tensor | np.ndarray) and condition.ndim > 0
+        size = len(condition) if has_entries else 1
+        if size > 1 and self._theirs.setdefault(name, theirs) != theirs:  # a single one is as good as repeated
+            raise ValueError(
+                f"{name} must hold one entry for each sample in all batches or in none, got {size} entries beside "
+                f"{batch} samples, which {'do' if theirs else 'do not'} belong to them, unlike those before: return as "
+                f"many as samples, or ap.common(...) if they are the same for all."
+            )
+        if not (theirs and isinstance(condition, list)):
+            for key, part in _parts(condition).items():
+                self.check(part, batch, f"{name}[{key!r}]")
+
+
 def _mapped(value: Any, of: Callable[[Any], Any]) -> Any:
     """Return nested containers with ``of`` of their parts, which are not entered where ``of`` changed them.
 

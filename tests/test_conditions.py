@@ -267,6 +267,28 @@ class TestEstimates:
         ap.estimate_statistics(teacher, batches, LEVELS / 10, 40, 2, progress=False, condition=condition)
 
 
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ({"table": TABLE}, r"condition\['table'\]"),
+        ({"a": {"b": (None, TABLE.numpy())}}, r"condition\['a'\]\['b'\]\[1\]"),
+        ({"layers": [3, 5, 7, 9]}, r"condition\['layers'\]"),
+    ],
+)
+@pytest.mark.parametrize("sizes", [(4, 2), (2, 4)])
+def test_what_is_the_samples_in_some_batches_only(told: dict[str, Any], name: str, sizes: tuple[int, int]) -> None:
+    """Cut in batches of four and whole in one of two: which was meant?"""
+    data = [(torch.ones(size, 4), 0) for size in sizes]
+    teacher = lambda x, t, **told: gaussian(x, t)  # noqa: E731
+    options: dict[str, Any] = {"batch_size": 4, "progress": False, "condition": lambda _: told}
+    with pytest.raises(ValueError, match=name + r" must hold one entry for each .* got 4 entries .*ap\.common"):
+        ap.estimate_statistics(teacher, data, LEVELS, 12, **options)
+    with pytest.raises(ValueError, match=name):
+        ap.LeastSquaresPreconditioning.fit(teacher, data, LEVELS, 6, **options)
+    marked = {"condition": lambda _: {key: ap.common(value) for key, value in told.items()}}
+    ap.estimate_statistics(teacher, data, LEVELS, 12, **options | marked)
+
+
 def test_a_condition_function_gets_no_marks() -> None:
     seen = []
     data = [(torch.ones(2, 4), ap.common([7, 8]))]

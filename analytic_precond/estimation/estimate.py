@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from .._checks import check_choice, check_count, check_levels
 from .._conditions import Condition
 from .._precision import wide_dtype
-from ..data.arguments import check_request, device_of, keywords_of, name_of, warn_if_training
+from ..data.arguments import BatchConditions, check_request, device_of, name_of, warn_if_training
 from ..data.memory import BatchSize, largest_batch
 from ..data.processes import processes
 from ..data.sources import open_source, pair_noise, weights_of
@@ -120,6 +120,7 @@ def estimate_statistics(
         name = name_of(denoiser, description)
         device = device_of(denoiser, data) if device is None else torch.device(device)
         warn_if_training(denoiser)
+        conditions = BatchConditions(condition, denoiser)
         levels = levels.detach().to("cpu", torch.float64)
         measure = Measurement(denoiser, l_method, s_method, batch_size)
         num_levels, largest = len(levels), largest_batch(batch_size)
@@ -146,7 +147,7 @@ def estimate_statistics(
                     x_0, first, state = batch.x, batch.first, run.state
                     noise, probes = pair_noise(seed, first, len(x_0), x_0.shape[1:], probes=l_method == "hutchinson")
                     noise = noise.to(x_0.device, wide_dtype(x_0.device))
-                    keywords = keywords_of(condition, batch.extra, denoiser, x_0.device)
+                    keywords = conditions(batch)
 
                     moments = noise.new_empty(num_levels, len(x_0), len(MOMENTS))
                     for part in measure(x_0, noise, probes, levels, keywords, number):
