@@ -140,7 +140,7 @@ class Ownership:
         if isinstance(condition, Common):
             return
         theirs = _has_rows(condition, batch) or (isinstance(condition, list) and _are_samples(condition, batch))
-        has_entries = isinstance(condition, list) or isinstance(condition, Tensor | np.ndarray) and condition.ndim > 0
+        has_entries = isinstance(condition, list) or (isinstance(condition, Tensor | np.ndarray) and condition.ndim > 0)
         size = len(condition) if has_entries else 1
         if size > 1 and self._theirs.setdefault(name, theirs) != theirs:  # a single one is as good as repeated
             raise ValueError(
