@@ -6,6 +6,7 @@ student -> loss, sampler.
 
 from typing import TYPE_CHECKING
 
+from ._conditions import common
 from .diagnostics.consistency_gap import ConsistencyGap, GapMap, consistency_gap, gap_map
 from .diagnostics.plots import plot_gap_map, plot_preconditioning, plot_statistics
 from .diagnostics.teacher_check import check_teacher
@@ -82,6 +83,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "denoiser_from_diffusers",
     "NetworkDenoiser",
     "guide",
+    "common",
     # noise schedules of teachers
     "Schedule",
     "EDMSchedule",

@@ -3,7 +3,6 @@ r"""What every pass of a teacher over data asks: how, where it runs, what it is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from .._checks import check_count, warn_caller
+from .._conditions import Condition, Ownership, on_device, plain
 from ..teachers.denoiser import Denoiser, modules_of
 from .memory import BatchSize
+from .sources import Batch
 
 
 def check_request(batch_size: BatchSize, seed: int, condition: object, description: object) -> None:
@@ -41,24 +42,38 @@ def device_of(denoiser: Denoiser, data: object) -> torch.device | None:
     return None if tensor is None else tensor.device
 
 
-def keywords_of(
-    condition: Callable[..., Mapping[str, Any]] | None, extra: tuple[Any, ...], denoiser: Denoiser, device: torch.device
-) -> dict[str, Any]:
-    """Return the conditions of a batch, from what follows x in it, on the teacher's device."""
-    if condition is None:
-        if extra and any(vars(module).get("label_dim") for module in modules_of(denoiser)):  # EDM's take none for zeros
-            warn_caller(
-                "the teacher is class-conditional, but does not get the labels that the batches hold: pass "
-                "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's."
+class BatchConditions:
+    """What the teacher is told with each batch of a run.
+
+    Args:
+        condition: Turns what follows x in a batch into keyword arguments.
+        denoiser: The teacher.
+    """
+
+    def __init__(self, condition: Callable[..., Condition] | None, denoiser: Denoiser) -> None:
+        self.condition = condition
+        self.ownership = Ownership()
+        # EDM's networks take no labels for zeros
+        self.expects_labels = any(vars(module).get("label_dim") for module in modules_of(denoiser))
+
+    def __call__(self, batch: Batch) -> Condition:
+        """Return the conditions of a batch, where its samples are."""
+        if self.condition is None:
+            if batch.extra and self.expects_labels:
+                warn_caller(
+                    "the teacher is class-conditional, but does not get the labels that the batches hold: pass "
+                    "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's."
+                )
+            return {}
+        keywords = self.condition(*plain(batch.extra))
+        if not isinstance(keywords, Mapping):
+            raise TypeError(
+                f"condition must return a dict of the teacher's keyword arguments, got {type(keywords).__name__}: "
+                f"lambda label: {{'class_labels': label}}."
             )
-        return {}
-    keywords = condition(*extra)
-    if not isinstance(keywords, Mapping):
-        raise TypeError(
-            f"condition must return a dict of the teacher's keyword arguments, got {type(keywords).__name__}: "
-            f"lambda label: {{'class_labels': label}}."
-        )
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in keywords.items()}
+        self.ownership.check(keywords, len(batch.x))
+        told: Condition = on_device(keywords, batch.x.device)
+        return told
 
 
 def warn_if_training(denoiser: Denoiser) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .._checks import check_finite, check_tensor, warn_caller
+from .._conditions import collated, rows_of
 
 Range = tuple[int, int]  # samples from one number to another, that one not included
 
@@ -169,7 +170,8 @@ class StreamSource:
             for start, end in _cut(ranges, first, len(x), batch_size):
                 rows = slice(start - first, end - first)
                 check_finite(x[rows], _numbers(start, end - start))
-                yield Batch(start, x[rows], tuple(_rows(item, rows, len(x)) for item in extra))
+                index = torch.arange(rows.start, rows.stop, device="cpu")
+                yield Batch(start, x[rows], extra if len(index) == len(x) else rows_of(extra, index, len(x)))
             read = position + len(x)
             if read >= stop:
                 return
@@ -236,7 +238,7 @@ def _split(raw: object) -> tuple[Tensor, tuple[Any, ...]]:
         raise ValueError("data must yield batches of shape (B, ...), got a 0-d tensor.")
     if x[:1].numel() == 0 and len(x) > 0:
         raise ValueError(f"data must hold samples with elements, got samples of shape {tuple(x.shape[1:])}.")
-    return x, parts[1:]
+    return x, collated(parts[1:], len(x))
 
 
 def _collate(samples: list[Any]) -> object:
@@ -244,16 +246,6 @@ def _collate(samples: list[Any]) -> object:
         return default_collate(samples)
     except RuntimeError as error:
         raise ValueError(f"data must hold samples of one shape, got others: resize them first. ({error})") from error
-
-
-def _rows(item: Any, rows: slice, size: int) -> Any:
-    """Cut the samples' share out of whatever came with them."""
-    if isinstance(item, dict):
-        return {key: _rows(value, rows, size) for key, value in item.items()}
-    if isinstance(item, list | tuple) and item and all(isinstance(part, Tensor) for part in item):
-        return type(item)(_rows(part, rows, size) for part in item)
-    has_rows = isinstance(item, list | tuple) or (isinstance(item, Tensor | np.ndarray) and item.ndim > 0)
-    return item[rows] if has_rows and len(item) == size else item
 
 
 def _seed_torch(seed: int, sample: int) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_count
+from .._conditions import Condition
 from .._precision import wide_dtype
 from ..data.memory import BatchSize, is_out_of_memory, largest_batch
 from ..data.sources import iterate_batches
@@ -28,7 +29,7 @@ from ..estimation.estimate import estimate_statistics
 from ..noise_levels.grids import log_noise_levels
 from ..statistics.moments import Array, jackknife, reference
 from ..statistics.teacher_statistics import TeacherStatistics
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 from .teacher_report import LevelCheck, TeacherReport
 
 # A perfect teacher is off by sampling, rounding and interpolation; "close" is what trained networks are. Measured on

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_levels, check_reached
+from .._conditions import plain
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import per_sample
 from ..ode.steps import Velocity
@@ -97,7 +98,7 @@ def trajectory_alignment(
     level_dtype = torch.promote_types(x.dtype, torch.float32)
 
     def jump(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        reached = student(x_t.to(x.dtype), t.to(level_dtype), s.to(level_dtype), **condition)
+        reached = student(x_t.to(x.dtype), t.to(level_dtype), s.to(level_dtype), **plain(condition))
         check_reached(reached, x)
         return reached.to(s.dtype)
 

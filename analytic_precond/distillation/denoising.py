@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._conditions import plain
 from ..noise_levels.per_sample import per_sample
 from ..teachers.denoiser import Denoiser
 from .distances import squared_error
@@ -56,7 +57,7 @@ def denoising_loss(
     check_data(x_0, noise)
     t = per_sample(t, x_0, "t").to(torch.promote_types(x_0.dtype, torch.float32))
     x_t = add_noise(x_0, noise, t)
-    return compare(denoiser(x_t, t, **condition), x_0, t=t)
+    return compare(denoiser(x_t, t, **plain(condition)), x_0, t=t)
 
 
 _FLOOR, _LARGEST = 1e-4, 1e4

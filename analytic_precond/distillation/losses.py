@@ -7,13 +7,14 @@ dropout's. Nothing stalls the device as long as the times' indices are on the CP
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import all_true, check_positive, check_tensor
+from .._conditions import Condition
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to
 from ..ode.solve import heun_solve, heun_solve_between
@@ -60,7 +61,7 @@ def consistency_distillation_loss(
         num_steps: The teacher's steps from t to u where those are no levels of a grid: one number, or one per sample.
             Default: as many as EDM's grid of 18 levels has there. Like the times, keep it on the CPU.
         share_dropout: Give student and target the same dropout masks.
-        **condition: Handed to teacher, student and target.
+        **condition: Handed to teacher, student and target. They follow the samples: see `common`.
 
     Returns:
         The loss and its terms.
@@ -171,7 +172,7 @@ def _points(
     noise: Tensor,
     times: JumpTimes,
     num_steps: Tensor | int | None,
-    condition: Mapping[str, Any],
+    condition: Condition,
 ) -> _Points:
     dtype = torch.promote_types(x_0.dtype, torch.float32)
     t, u, s = (place(level, x_0.device, dtype) for level in (times.t, times.u, times.s))
@@ -187,7 +188,7 @@ def add_noise(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _follow(
-    denoiser: Denoiser, x_t: Tensor, times: JumpTimes, num_steps: Tensor | int | None, condition: Mapping[str, Any]
+    denoiser: Denoiser, x_t: Tensor, times: JumpTimes, num_steps: Tensor | int | None, condition: Condition
 ) -> Tensor:
     """Return x_u, the teacher's. Times as they came: indices on the CPU let its steps be planned without waiting."""
     if times.levels is not None and times.t_index is not None and times.u_index is not None:

@@ -2,7 +2,7 @@ r"""The passes of students in one training step: with one set of dropout masks, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from .._checks import check_reached
+from .._conditions import Condition, plain
 
 StudentFunction = Callable[..., Tensor]
 
@@ -25,8 +26,8 @@ class StudentPasses:
         share_dropout: Give all passes the same dropout masks.
     """
 
-    def __init__(self, condition: Mapping[str, Any], share_dropout: bool) -> None:
-        self.condition = condition
+    def __init__(self, condition: Condition, share_dropout: bool) -> None:
+        self.condition = plain(condition)
         self.masks: AbstractContextManager[Any] = SharedDropout() if share_dropout else nullcontext()
 
     def jump(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from .._conditions import Condition
 from .._precision import wide_dtype
 from ..data.memory import is_out_of_memory
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 
 
 def jvp(

@@ -10,15 +10,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._checks import check_choice, check_count, check_levels
+from .._conditions import Condition
 from .._precision import wide_dtype
-from ..data.arguments import check_request, device_of, keywords_of, name_of, warn_if_training
+from ..data.arguments import BatchConditions, check_request, device_of, name_of, warn_if_training
 from ..data.memory import BatchSize, largest_batch
 from ..data.processes import processes
 from ..data.sources import open_source, pair_noise, weights_of
 from ..noise_levels.grids import log_noise_levels
 from ..statistics.moments import MOMENTS
 from ..statistics.teacher_statistics import L_METHODS, S_METHODS, TeacherStatistics
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 from .checkpoint import Checkpoint, Request
 from .measurement import Measurement, where
 from .run import EstimationRun
@@ -77,7 +78,8 @@ def estimate_statistics(
             They take 64 bytes per element and level (104 with derivatives), 94 MB for 64x64x3 on 120 levels, and change
             nothing else. Other numbers of processes change their rounding.
         condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments, e.g.
-            ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored.
+            ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored. What it
+            returns follows the samples: see `common`.
         device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
         description: The teacher in words, for the file's header. Default: its name.
         resume: A file that keeps what is finished: an interrupted estimate, called again in the same way, goes on from
@@ -118,6 +120,7 @@ def estimate_statistics(
         name = name_of(denoiser, description)
         device = device_of(denoiser, data) if device is None else torch.device(device)
         warn_if_training(denoiser)
+        conditions = BatchConditions(condition, denoiser)
         levels = levels.detach().to("cpu", torch.float64)
         measure = Measurement(denoiser, l_method, s_method, batch_size)
         num_levels, largest = len(levels), largest_batch(batch_size)
@@ -144,7 +147,7 @@ def estimate_statistics(
                     x_0, first, state = batch.x, batch.first, run.state
                     noise, probes = pair_noise(seed, first, len(x_0), x_0.shape[1:], probes=l_method == "hutchinson")
                     noise = noise.to(x_0.device, wide_dtype(x_0.device))
-                    keywords = keywords_of(condition, batch.extra, denoiser, x_0.device)
+                    keywords = conditions(batch)
 
                     moments = noise.new_empty(num_levels, len(x_0), len(MOMENTS))
                     for part in measure(x_0, noise, probes, levels, keywords, number):

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from .._checks import warn_caller
+from .._conditions import Condition, rows_of
 from .._precision import wide_dtype
 from ..data.memory import BatchSize, Pieces
 from ..statistics.moments import inner_products, reference
-from ..teachers.conditions import condition_rows
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 from .derivatives import JacobianForm, ode_derivative_difference, ode_derivative_jvp
 
 _ODE_DERIVATIVES = {"jvp": ode_derivative_jvp, "finite-difference": ode_derivative_difference}
@@ -82,7 +82,7 @@ class Measurement:
             noise: Standard normal noise in the wide dtype. Shape of ``x_0``.
             probes: Rademacher probes for both halves, or None. Shape ``(2, *x_0.shape)``.
             levels: The noise levels, on the CPU. Shape ``(K,)``.
-            condition: Keyword arguments of the teacher; tensors and lists of B entries have one for each sample.
+            condition: Keyword arguments of the teacher; they follow the samples (`common`).
             batch: Number of the batch, for error messages.
 
         Yields:
@@ -127,9 +127,9 @@ class Measurement:
         v = None if probes is None else probes[:, samples].to(x).transpose(0, 1).flatten(0, 1)  # there is one level
         answers = []
         for first in range(0, len(x), self.pieces.size):
-            rows = slice(first, first + self.pieces.size)
-            keywords = condition_rows(condition, sample[rows], num_samples)
-            answers.append(self._ask(x[rows], t_rows[rows], None if v is None else v[rows], keywords))
+            here = slice(first, first + self.pieces.size)
+            keywords = rows_of(condition, sample[here], num_samples)
+            answers.append(self._ask(x[here], t_rows[here], None if v is None else v[here], keywords))
         D, y, trace = (None if part[0] is None else torch.cat(part) for part in zip(*answers, strict=True))
         assert D is not None
         return Answers(D, y, trace)

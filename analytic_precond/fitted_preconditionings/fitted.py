@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_levels
+from .._conditions import Condition
 from .._files import read_tensors, write_tensors
 from ..data.memory import BatchSize
 from ..preconditionings.base import Preconditioning, Scalings
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 from .follow import FitHeader, FitRun, fit_run
 from .jump_regression import JumpTable
 
@@ -73,7 +74,8 @@ class FittedPreconditioning(Preconditioning):
             sigma_data: Standard deviation of the data, for `on_network`.
             progress: Show a progress bar.
             condition: Turns what follows ``x`` in a batch into the teacher's keyword arguments, e.g.
-                ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored.
+                ``lambda label: {"class_labels": one_hot(label)}``. Without it, labels are ignored. What it
+                returns follows the samples: see `common`.
             device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
             description: The teacher in words, for the file's header. Default: its name.
 

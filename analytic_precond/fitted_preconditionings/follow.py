@@ -14,14 +14,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._checks import check_count, check_levels, check_positive
+from .._conditions import Condition
 from .._files import sample_shape_of
 from .._precision import network_dtype, wide_dtype
-from ..data.arguments import check_request, device_of, keywords_of, name_of, warn_if_training
+from ..data.arguments import BatchConditions, check_request, device_of, name_of, warn_if_training
 from ..data.memory import BatchSize, Pieces
 from ..data.sources import Batch, iterate_batches, pair_noise
 from ..noise_levels.grids import log_noise_levels
 from ..ode.trajectories import PASSES_PER_STEP, Start, trajectory
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 
 _NUM_LEVELS = 40  # docs/method.md, section 10: c_out is then good to 7e-6
 
@@ -161,6 +162,7 @@ def fit_run(
     name = name_of(denoiser, description)
     place = device_of(denoiser, data) if device is None else torch.device(device)
     warn_if_training(denoiser)
+    conditions = BatchConditions(condition, denoiser)
     grid, pieces = levels.detach().to("cpu", torch.float64), Pieces(batch_size)
 
     def starts() -> Iterator[Start]:
@@ -168,9 +170,8 @@ def fit_run(
         for batch in run.batches:  # once they are asked for: `hold` may come between
             x_0, wide = batch.x, wide_dtype(batch.x.device)
             noise = pair_noise(seed, batch.first, len(x_0), x_0.shape[1:], probes=False)[0]
-            keywords = keywords_of(condition, batch.extra, denoiser, x_0.device)
             x = x_0.to(wide) + grid[0].item() * noise.to(x_0.device, wide)
-            yield Start(batch.first, x, torch.promote_types(x_0.dtype, torch.float32), keywords)
+            yield Start(batch.first, x, torch.promote_types(x_0.dtype, torch.float32), conditions(batch))
 
     with torch.no_grad(), torch.random.fork_rng([place] if place is not None and place.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._conditions import Condition
 from ..data.memory import BatchSize
 from ..preconditionings.base import Scalings
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 from .bases import CosineBasis, MatrixBasis, OrthonormalBasis, check_basis, choose_basis, tie_modes
 from .fitted import FitFile, FittedPreconditioning
 from .follow import FitHeader, FitRun, fit_run

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._conditions import Condition
 from .._precision import place
 from ..data.memory import BatchSize
 from ..interpolation.spline_table import SplineTable
 from ..noise_levels.grids import log_noise_levels
-from ..teachers.denoiser import Condition, Denoiser
+from ..teachers.denoiser import Denoiser
 from .fitted import FitFile, FittedPreconditioning
 from .follow import FitHeader, FitRun
 from .jump_regression import JumpTable

@@ -16,9 +16,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._checks import all_true, check_choice, check_count, check_finite, check_positive, check_tensor
+from .._conditions import rows_of
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import per_sample
-from ..teachers.conditions import condition_rows
 from ..teachers.denoiser import Denoiser
 from .steps import STEPS, Velocity, euler, heun
 
@@ -104,8 +104,7 @@ def heun_solve(
             shape ``(B,)``, or one for all. The values of levels and indices decide what is called, so they are read:
             keep all three on the CPU to avoid a synchronisation.
         dtype: The dtype that the data are carried in and returned in, as for `solve_ode`.
-        **condition: Handed to the teacher. Tensors, arrays and lists with one entry for each of B samples, also inside
-            dicts, lists and tuples, follow the samples still on their way; anything else is handed over as it is.
+        **condition: Handed to the teacher. They follow the samples still on their way: see `common`.
 
     Returns:
         The data, sample i at level ``levels[stop[i]]``. Shape of ``x``.
@@ -288,7 +287,7 @@ def _march(
         pieces = []
         for take, part in ((heun, slice(0, num_heun)), (euler, slice(num_heun, num))):
             if part.start < part.stop:
-                condition = condition_rows(velocity.condition, order[part], len(x))
+                condition = rows_of(velocity.condition, order[part], len(x))
                 pieces.append(take(replace(velocity, condition=condition), way[part], t[part], s[part]))
         way = torch.cat(pieces)
 

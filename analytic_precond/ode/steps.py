@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_tensor
+from .._conditions import Condition, plain
 from .._precision import network_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
 from ..teachers.denoiser import Denoiser, modules_of
@@ -124,10 +125,10 @@ class Velocity:
 
     denoiser: Denoiser
     dtype: torch.dtype
-    condition: Mapping[str, Any]
+    condition: Condition
 
     @staticmethod
-    def of(denoiser: Denoiser, x: Tensor, condition: Mapping[str, Any]) -> Velocity:
+    def of(denoiser: Denoiser, x: Tensor, condition: Condition) -> Velocity:
         """Return the velocity for data that come as ``x`` does, once both are checked."""
         if not callable(denoiser):
             raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
@@ -141,7 +142,7 @@ class Velocity:
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Return (x - D) / t in x's dtype. Shapes: ``x`` (B, ...), ``t`` (B,)."""
         own = (tensor.to(self.dtype, copy=True) for tensor in (x, t))  # the teacher may overwrite what it gets
-        denoised = self.denoiser(*own, **self.condition)
+        denoised = self.denoiser(*own, **plain(self.condition))
         if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
             got = denoised.dtype if isinstance(denoised, Tensor) else type(denoised).__name__
             raise TypeError(f"the teacher must return a floating-point tensor, got {got}: unwrap its output.")

@@ -7,14 +7,14 @@ section 8, with 40 levels, Heun steps leave relative errors of 7e-2 in c_out, fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._conditions import Condition, rows_of
 from ..noise_levels.per_sample import expand_to
-from ..teachers.conditions import condition_rows
 from ..teachers.denoiser import Denoiser
 from .steps import Velocity
 
@@ -49,14 +49,14 @@ class Start(NamedTuple):
     first: int
     x: Tensor
     dtype: torch.dtype
-    condition: Mapping[str, Any]
+    condition: Condition
 
     def rows(self, rows: slice) -> Start:
         """Return the beginning of some of them."""
         if rows == slice(0, len(self.x)):  # mostly
             return self
         index = torch.arange(rows.start, rows.stop, device="cpu")
-        condition = condition_rows(self.condition, index, len(self.x))
+        condition = rows_of(self.condition, index, len(self.x))
         return Start(self.first + rows.start, self.x[rows], self.dtype, condition)
 
 

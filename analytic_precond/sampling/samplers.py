@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .._checks import check_reached, check_tensor
+from .._conditions import plain
 from .levels import Levels, check_jumps, is_cleanest, resolve_levels
 from .noise import Generators, noise_source
 
@@ -267,10 +268,11 @@ def _run(
     if x.ndim == 0:
         raise ValueError("x must have shape (B, ...), got a 0-d tensor.")
     check_jumps(student, [(t, s) for t, s, _ in jumps])
+    told = plain(condition)
     draw = noise_source(x, sum(jump.noise is not None for jump in jumps), generator, noise)
     with torch.no_grad(), tqdm(jumps, desc="sampling", unit=" jumps", disable=not progress) as bar:
         for index, (t, s, added) in enumerate(bar):
-            x = _jump(student, x, t, s, condition)
+            x = _jump(student, x, t, s, told)
             if callback is not None:
                 callback(SamplingStep(index, len(jumps), t, s, x))
             if added:

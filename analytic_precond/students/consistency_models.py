@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import all_true, check_not_negative
+from .._conditions import plain
 from .._precision import network_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning
 from ..noise_levels.per_sample import expand_to, one_per_sample
@@ -76,7 +77,7 @@ class Student(nn.Module):
 
         dtype = network_dtype(self.network, x.dtype)
         told = torch.promote_types(dtype, torch.float32)  # float64 grids must not reach a float32 network's embedding
-        output = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **condition)
+        output = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **plain(condition))
         if output.shape != x.shape:
             raise ValueError(
                 f"the network must return x's shape {tuple(x.shape)}, got {tuple(output.shape)}: drop extra channels, "

@@ -2,7 +2,7 @@ r"""The teacher: one interface for every trained diffusion model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ class Denoiser(Protocol):
 
     ``x`` is noisy data of shape ``(B, ...)`` with ``x = x_0 + t n``, ``t`` the noise levels (EDM's sigma) of shape
     ``(B,)`` in ``x``'s dtype, and the result has ``x``'s shape. Labels, prompts and other conditions are keyword
-    arguments. A function, an `nn.Module` or a lambda will do; put a network in eval mode first.
+    arguments; `common` says how they follow their samples. A function, an `nn.Module` or a lambda will do; put a
+    network in eval mode first.
     """
 
     def __call__(self, x: Tensor, t: Tensor, /, *args: Any, **condition: Any) -> Tensor:
@@ -24,6 +25,3 @@ class Denoiser(Protocol):
 def modules_of(denoiser: Denoiser) -> Iterable[nn.Module]:
     """Return a teacher's modules, itself among them; none of a function."""
     return denoiser.modules() if isinstance(denoiser, nn.Module) else ()
-
-
-Condition = Mapping[str, Any]

@@ -37,7 +37,7 @@ def denoiser_from_diffusers(model: nn.Module, scheduler: Any, **condition: Any) 
     Args:
         model: The model, in eval mode, called as ``model(x, timestep=..., return_dict=False, **condition)``.
         scheduler: The scheduler; only its config and tables are read.
-        **condition: Conditions for every call, e.g. ``class_labels`` or ``encoder_hidden_states``; those of a call
+        **condition: Conditions of one sample, for all, e.g. ``encoder_hidden_states`` (see `common`); those of a call
             come on top.
 
     Returns:

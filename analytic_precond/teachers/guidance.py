@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
+from .._conditions import plain
 from .denoiser import Denoiser
 
 _FORMULAS = ("from_unconditional", "from_conditional")
@@ -73,7 +74,7 @@ class GuidedDenoiser(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         """Return the guided estimate of the clean data. Shapes: ``x`` (B, ...), ``t`` (B,)."""
-        c, u = self.denoiser(x, t, **condition), self.unconditional(x, t)
+        c, u = self.denoiser(x, t, **plain(condition)), self.unconditional(x, t)
         if c.shape != u.shape:
             raise ValueError(
                 f"expected both denoisers to return x's shape {tuple(x.shape)}, got {tuple(c.shape)} and "

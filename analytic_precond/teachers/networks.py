@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_tensor
+from .._conditions import expanded, on_device, plain
 from .._precision import network_dtype, wide_dtype
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import EDMSchedule, Schedule
@@ -32,7 +33,7 @@ class NetworkDenoiser(nn.Module):
             `nn.Module`, its parameters are the denoiser's.
         scalings: From noise levels of shape ``(B,)`` to ``(c_skip, c_out, c_in, c_noise)``, for example an
             `EDMPreconditioning`.
-        condition: Conditions for every call, e.g. labels; those of a call come on top.
+        condition: Conditions of one sample, for all, e.g. a null label (see `common`); those of a call come on top.
         dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
         learned_variance: Drop the second half of twice as many channels as ``x`` has.
 
@@ -76,7 +77,8 @@ class NetworkDenoiser(nn.Module):
         float_dtype = torch.promote_types(x.dtype, torch.float32)
         z = (expand_to(c_in, x).to(float_dtype) * x).to(self._network_dtype(x.dtype))
 
-        output = self._call_network(z, c_noise, {**self.condition, **condition})
+        told = {**expanded(self.condition, len(x)), **plain(condition)}
+        output = self._call_network(z, c_noise, on_device(told, z.device))
         float_dtype = torch.promote_types(float_dtype, output.dtype)
         c_skip, c_out = (expand_to(c, x).to(float_dtype) for c in (c_skip, c_out))
         return (c_skip * x + c_out * output).to(x.dtype)
@@ -85,7 +87,6 @@ class NetworkDenoiser(nn.Module):
         """Call the network; its output has z's shape or an error says why not."""
         if c_noise.is_floating_point():  # times and embeddings lose their meaning in half precision
             c_noise = c_noise.to(torch.promote_types(z.dtype, torch.float32))
-        condition = {k: v.to(z.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in condition.items()}
         try:
             output = self.network(z, c_noise, **condition)
         except TypeError as error:
@@ -143,7 +144,7 @@ def denoiser_from_network(
         schedule: The noise schedule that the network was trained under.
         dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
         learned_variance: Drop the second half of twice as many channels (guided-diffusion's learned sigma).
-        **condition: Conditions for every call, e.g. labels; those of a call come on top.
+        **condition: Conditions of one sample, for all, e.g. a null label (see `common`); those of a call come on top.
 
     Returns:
         The denoiser.
@@ -171,7 +172,8 @@ def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkD
 
     Args:
         network: The network, in eval mode.
-        **condition: Conditions for every call, e.g. ``class_labels``; those of a call come on top.
+        **condition: Conditions of one sample, for all, e.g. ``class_labels`` (see `common`); those of a call come on
+            top.
 
     Returns:
         The denoiser.

@@ -16,9 +16,9 @@ from torch import Tensor, fx
 from torch.utils.data import TensorDataset
 
 import analytic_precond as ap
+from analytic_precond._conditions import rows_of
 from analytic_precond.data.memory import Pieces, is_out_of_memory
 from analytic_precond.fitted_preconditionings import trajectory_moments
-from analytic_precond.teachers.conditions import condition_rows
 
 LEVELS = torch.tensor([2.0, 1.0, 0.5, 0.2, 0.1, 0.05, 0.02], dtype=torch.float64)
 LABELS = torch.arange(24)
@@ -290,20 +290,20 @@ class TestConditions:
 
     def test_what_is_common_to_all_comes_whole(self) -> None:
         common = {"prompt": "a", "guidance": 3.0, "scalar": torch.tensor(2.0), "one": torch.ones(1, 4), "none": None}
-        rows = condition_rows(common, torch.tensor([0, 0, 1, 1, 2, 2]), 3)
+        rows = rows_of(common, torch.tensor([0, 0, 1, 1, 2, 2]), 3)
         assert rows.keys() == common.keys()
         assert all(rows[name] is value for name, value in common.items())
 
     def test_keep_their_types(self) -> None:
         index = torch.tensor([1, 1, 0])
-        rows = condition_rows(Named(["a", "b"], torch.tensor([[1.0], [2.0]])), index, 2)
+        rows = rows_of(Named(["a", "b"], torch.tensor([[1.0], [2.0]])), index, 2)
         assert isinstance(rows, Named)
         assert rows.text == ["b", "b", "a"]
         assert rows.pooled.flatten().tolist() == [2.0, 2.0, 1.0]
-        assert np.array_equal(condition_rows(np.array([5, 7]), index, 2), [7, 7, 5])
+        assert np.array_equal(rows_of(np.array([5, 7]), index, 2), [7, 7, 5])
         # one tensor of its own length for each sample: token embeddings
         tokens = [torch.zeros(3), torch.zeros(7)]
-        assert [len(part) for part in condition_rows(tokens, index, 2)] == [7, 7, 3]
+        assert [len(part) for part in rows_of(tokens, index, 2)] == [7, 7, 3]
 
 
 class TestTrajectories:
