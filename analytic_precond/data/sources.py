@@ -7,7 +7,8 @@ source says in words what it holds, with a fingerprint of its values, so that a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 
 from .._checks import check_finite, check_tensor, warn_caller
 from .._conditions import collated, rows_of
+from .batches import holds_images, look_like_samples, refuse_unclear
 
 Range = tuple[int, int]  # samples from one number to another, that one not included
 
@@ -56,9 +58,12 @@ def iterate_batches(data: object, num: int, batch_size: int, seed: int) -> Itera
 def open_source(data: object, batch_size: int, seed: int) -> IndexedSource | StreamSource:
     """Return the source of a run's samples.
 
-    Tensors and map-style datasets are visited in an order drawn from the seed, and again (in a new order) where a run
-    exceeds their size. DataLoaders and other iterables of batches keep their order; what can be iterated again is, a
-    generator that runs dry ends the run early with a warning.
+    Tensors and map-style datasets, which are all objects with a length and an index, are visited in an order drawn from
+    the seed, and again (in a new order) where a run exceeds their size. DataLoaders and other iterables of batches keep
+    their order; what can be iterated again is, a generator that runs dry ends the run early with a warning.
+
+    A list holds images or batches, which `holds_images` tells apart. What may be either is refused, so that no image is
+    taken for a batch of its channels.
 
     Loading draws from torch's generator, which is seeded with the seed and the number of the sample to come: random
     transforms and shuffling loaders do not depend on what happened before. Callers restore its state.
@@ -73,16 +78,20 @@ def open_source(data: object, batch_size: int, seed: int) -> IndexedSource | Str
             raise ValueError("data must be a tensor (N, ...), got shape (): add dimensions.")
         return IndexedSource(data, seed)
     if isinstance(data, IterableDataset):
-        return StreamSource(DataLoader(data, batch_size, collate_fn=_collate), seed)
-    if isinstance(data, Dataset):
-        if not hasattr(data, "__len__"):
-            raise TypeError(f"data must be a Dataset with a length, got {type(data).__name__} without __len__: add it.")
-        return IndexedSource(data, seed)
-    if isinstance(data, Iterable) and not isinstance(data, str | bytes | np.ndarray | dict):
-        return StreamSource(data, seed)
+        return open_source(DataLoader(data, batch_size, collate_fn=_collate), batch_size, seed)
+    if isinstance(data, Dataset) and not hasattr(data, "__len__"):
+        raise TypeError(f"data must be a Dataset with a length, got {type(data).__name__} without __len__: add it.")
+    if isinstance(data, list | tuple | deque):
+        return IndexedSource(data, seed) if holds_images(data) else StreamSource(data, seed, batched=True)
+    if not isinstance(data, str | bytes | np.ndarray | Mapping):
+        if hasattr(data, "__len__") and hasattr(data, "__getitem__"):
+            return IndexedSource(data, seed)
+        if isinstance(data, Iterable):
+            return StreamSource(data, seed, isinstance(data, DataLoader) and data.batch_sampler is not None)
+    advice = "pass one of its values" if isinstance(data, Mapping) else "wrap arrays with torch.from_numpy"
     raise TypeError(
         f"data must be a tensor (N, ...), a Dataset, a DataLoader or an iterable of batches, got "
-        f"{type(data).__name__}: wrap arrays with torch.from_numpy."
+        f"{type(data).__name__}: {advice}."
     )
 
 
@@ -135,15 +144,15 @@ class IndexedSource:
 
 
 class StreamSource:
-    """Samples that come in an order of their own, in batches of any size.
+    """Samples that come in an order of their own, in batches of any size; ``batched`` if they surely are batches.
 
     Attributes:
         words: The data in words, as far as they can be told from others.
         shortage: What to tell the user once the data have run out.
     """
 
-    def __init__(self, data: Iterable[object], seed: int) -> None:
-        self._data, self._seed = data, seed
+    def __init__(self, data: Iterable[object], seed: int, batched: bool) -> None:
+        self._data, self._seed, self._batched = data, seed, batched
         self._raw = self._endless()
         self._first, self._is_shard = 0, False
         self.words, self.shortage = type(data).__name__, ""
@@ -189,9 +198,14 @@ class StreamSource:
         while True:
             before = position
             _seed_torch(self._seed, position)
-            iterator = iter(self._data)
+            iterator, shape = iter(self._data), None
             while (raw := next(iterator, end)) is not end:
                 x, extra = _split(raw)
+                if shape is not None and not self._batched:
+                    if look_like_samples((shape, x.shape)):
+                        refuse_unclear(raw, shape)
+                    self._batched = True
+                shape = x.shape
                 yield position, x, extra
                 position += len(x)
                 _seed_torch(self._seed, position)
@@ -231,11 +245,15 @@ def _split(raw: object) -> tuple[Tensor, tuple[Any, ...]]:
     if not isinstance(x, Tensor):
         raise TypeError(
             f"data must yield tensors (B, ...) or tuples (tensor, labels, ...), got "
-            f"{type(raw).__name__} of {type(x).__name__}: adapt it, e.g. (batch['image'] for batch in data)."
+            f"{type(raw).__name__} of {type(x).__name__}: adapt it, e.g. (batch['image'] for batch in data), where "
+            f"DataLoader(data, 64) makes batches of samples, or [torch.from_numpy(batch) for batch in data]."
         )
     check_tensor(x, "data")
     if x.ndim == 0:
-        raise ValueError("data must yield batches of shape (B, ...), got a 0-d tensor.")
+        raise ValueError(
+            "data must yield batches of shape (B, ...), got a 0-d tensor: if it is a sample, pass "
+            "DataLoader(list(data), 64)."
+        )
     if x[:1].numel() == 0 and len(x) > 0:
         raise ValueError(f"data must hold samples with elements, got samples of shape {tuple(x.shape[1:])}.")
     return x, collated(parts[1:], len(x))
@@ -246,6 +264,10 @@ def _collate(samples: list[Any]) -> object:
         return default_collate(samples)
     except RuntimeError as error:
         raise ValueError(f"data must hold samples of one shape, got others: resize them first. ({error})") from error
+    except TypeError as error:
+        raise TypeError(
+            f"data must hold tensors, got {type(samples[0]).__name__}: transform them first. ({error})"
+        ) from error
 
 
 def _seed_torch(seed: int, sample: int) -> None:

@@ -85,10 +85,10 @@ def consistency_distillation_loss(
     t, u, s, x_t, x_u = _points(denoiser, x_0, noise, times, num_steps, condition)
     passes = StudentPasses(condition, share_dropout)
 
-    estimate = passes.jump(student, x_t, t, s)
     with torch.no_grad():
         start = u.where(u > 0, t)  # u = 0 is clean already, and no level to jump from
         goal = passes.jump(target, x_u, start, s).where(expand_to(u, x_u) > 0, x_u)
+    estimate = passes.differentiated_jump(student, x_t, t, s)
     return compare(estimate, goal, t=t, u=u, s=s)
 
 
@@ -149,10 +149,10 @@ def trajectory_distillation_loss(
     passes = StudentPasses(condition, share_dropout)
 
     # from both points to s, then on to the end through the stop-gradient student
-    x_s = passes.jump(student, x_t, t, s)
-    estimate = passes.jump_of_input(target, x_s, s, end)
     with torch.no_grad():
         goal = passes.jump(target, passes.jump(inner, x_u, u, s), s, end)
+    x_s = passes.differentiated_jump(student, x_t, t, s)
+    estimate = passes.jump_of_input(target, x_s, s, end)
     return compare(estimate, goal, t=t, u=u, s=s)
 
 

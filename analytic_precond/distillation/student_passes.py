@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from .._checks import check_reached
@@ -21,19 +22,40 @@ StudentFunction = Callable[..., Tensor]
 class StudentPasses:
     """Jumps of students ``student(x_t, t, s, **condition)`` that are to be compared.
 
+    A layer may rewrite its weights in each pass in train mode (EDM2 normalises them), and autograd refuses a graph
+    whose weights were rewritten since. So the differentiated jump comes last, but for a jump of its result.
+
     Args:
         condition: Handed to every student.
-        share_dropout: Give all passes the same dropout masks.
+        share_dropout: Give all passes the same dropout masks, those of the differentiated one.
     """
 
     def __init__(self, condition: Condition, share_dropout: bool) -> None:
         self.condition = plain(condition)
         self.masks: AbstractContextManager[Any] = SharedDropout() if share_dropout else nullcontext()
+        self._holder: nn.Module = _Holder(None)
+        self._rewritten: dict[str, nn.Parameter] = {}
+        with self.masks:  # keeps the generators as the differentiated jump will find them
+            pass
 
     def jump(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return the student's jump from t to s, of x's shape."""
+        """Return the student's jump from t to s, of x's shape; the generators stay."""
         with self.masks:
-            reached = student(x, t, s, **self.condition)
+            return self._pass(student, x, t, s)
+
+    def differentiated_jump(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """Return the jump that training differentiates, which moves the generators on."""
+        self._holder = _Holder(getattr(student, "__self__", student))
+        before = {name: (p, p._version) for name, p in _weights(self._holder)}
+        reached = self._pass(student, x, t, s)
+        for name, p in _weights(self._holder):
+            known, version = before.get(name, (None, 0))
+            if p is known and p._version > version:  # not FSDP2's, which come and go
+                self._rewritten[name] = p
+        return reached
+
+    def _pass(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        reached = student(x, t, s, **self.condition)
         check_reached(reached, x)
         return reached
 
@@ -43,8 +65,34 @@ class StudentPasses:
             student = student.module
         if isinstance(student, nn.Module) and not any(p.requires_grad for p in student.parameters()):
             return self.jump(student, x, t, s)
-        jumped: Tensor = _InputGradient.apply(x, lambda start: self.jump(student, start, t, s))  # type: ignore[no-untyped-call]
+        copies = {name: weight.detach().clone() for name, weight in self._rewritten.items()}  # to be rewritten instead
+
+        def function(start: Tensor) -> Tensor:
+            if not copies:
+                return self.jump(student, start, t, s)
+            reached: Tensor = functional_call(self._holder, copies, (self.jump, student, start, t, s))
+            return reached
+
+        jumped: Tensor = _InputGradient.apply(x, function)  # type: ignore[no-untyped-call]
         return jumped
+
+
+class _Holder(nn.Module):
+    """A module, if it is one, whose weights may be exchanged for a call of any function."""
+
+    def __init__(self, held: object) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        return function(*arguments)
+
+
+def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the parameters that count how often they are written to; none while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return []
+    return [(name, p) for name, p in module.named_parameters() if not p.is_inference()]
 
 
 class _InputGradient(torch.autograd.Function):

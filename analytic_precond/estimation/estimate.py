@@ -61,8 +61,9 @@ def estimate_statistics(
     Args:
         denoiser: The teacher, in eval mode: called as ``denoiser(x, t, **condition)`` with ``x`` of shape ``(B, ...)``
             in the data's dtype (float32 at least), ``t`` of shape ``(B,)``. Its parameters need no gradients.
-        data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset, a DataLoader or an iterable of
-            batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
+        data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset (or what else has a length and an
+            index), a DataLoader or an iterable of batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused
+            with new noise where it is short.
         levels: Decreasing noise levels, shape ``(K,)``. Default: `log_noise_levels` (120 from 80 to 0.002).
         num_samples: Noisy samples per level, two for each clean one; an odd one is left out.
         batch_size: Largest batch that the teacher sees; several levels share a call where the data's are small.

@@ -384,6 +384,84 @@ def test_dropout_is_shared_between_student_and_target() -> None:
             )  # the next step has other masks
 
 
+@pytest.mark.parametrize("loss_function", DISTILLATION)
+@pytest.mark.parametrize("target_drops", [True, False])
+def test_the_student_draws_what_it_would_alone(loss_function: LossFunction, target_drops: bool) -> None:
+    """Although its target comes first, which may draw less: each step has other masks, and one pass's worth of them."""
+    x_0, noise = (v.float() for v in gaussian_batch())
+    times = JumpTimes(*torch.tensor([2.0, 1.0, 0.002])[:, None].expand(3, 64))
+    student = make_student(dropout=0.5)
+    target = copy.deepcopy(student).train(target_drops)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        for _ in range(2):
+            before = torch.get_rng_state()
+            result = loss_function(None, student, target, x_0, noise, times)
+            after = torch.get_rng_state()
+            torch.set_rng_state(before)
+            estimate = student(x_0 + 2.0 * noise, times.t, times.s)
+            assert torch.equal(torch.get_rng_state(), after)
+            # s is the end already, from where the trajectory's second jump goes nowhere
+            torch.testing.assert_close(result.terms["estimate"], estimate, rtol=1e-6, atol=1e-6)
+
+
+class MagnitudePreserving(nn.Module):
+    """EDM2's layer: in train mode each pass writes the normalised weight."""
+
+    def __init__(self, size_in: int, size_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(size_out, size_in, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(nn.functional.normalize(self.weight))
+        return x @ nn.functional.normalize(self.weight).T
+
+
+class MagnitudePreservingStudent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.enter, self.leave = MagnitudePreserving(6, 16), MagnitudePreserving(16, 4)
+        self.gain = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        h = torch.tanh(self.enter(torch.cat([x / (1 + t[:, None]), torch.stack([t.log(), s.log()], 1)], 1)))
+        return ap.expand_to(s / t, x) * x + ap.expand_to(1 - s / t, x) * self.gain * self.leave(h)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("loss_function", DISTILLATION)
+@pytest.mark.parametrize(
+    "hold",
+    {
+        "student": lambda student: (student, student),
+        "method": lambda student: (student, student.forward),
+        "two methods": lambda student: (student.forward, student.forward),
+        "function": lambda student: (student, lambda x, t, s: student(x, t, s)),
+        "wrapped": lambda student: (nn.parallel.DistributedDataParallel(student),) * 2,
+        "copy": lambda student: (student, copy.deepcopy(student)),
+        "average": lambda student: (student, exponential_moving_average(student, 0.9)),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_layers_that_rewrite_their_weights_in_each_pass(loss_function: LossFunction, hold: Any) -> None:
+    x_0, noise = gaussian_batch()
+    gradients, weights = [], []
+    for rewrites in (False, True):
+        student = MagnitudePreservingStudent()
+        student(x_0, *(2 * torch.ones(2, 64, dtype=torch.float64)))  # normalises
+        student.train(rewrites)
+        pair = (student, student) if not rewrites else hold[1](student)
+        loss_function(ap.GaussianDenoiser(VARIANCES), *pair, x_0, noise, draw_times()).loss.backward()
+        gradients.append([p.grad for p in student.parameters()])
+        weights.append([p.detach() for p in student.parameters()])
+    for values, expected in (reversed(gradients), reversed(weights)):
+        torch.testing.assert_close(values, expected, rtol=1e-11, atol=1e-13)  # normalising again rounds
+
+
 def test_no_global_generator_moves_without_dropout() -> None:
     x_0, noise = gaussian_batch()
     student = GaussianFlow(VARIANCES)
