@@ -12,6 +12,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from .._checks import check_count, warn_caller
 from .._conditions import Condition, Ownership, on_device, plain
 from ..teachers.denoiser import Denoiser, modules_of
+from ..teachers.diffusers_models import _TimestepByKeyword
+from ..teachers.guidance import GuidedDenoiser
+from ..teachers.networks import NetworkDenoiser
 from .memory import BatchSize
 from .sources import Batch
 
@@ -29,9 +32,15 @@ def check_request(batch_size: BatchSize, seed: int, condition: object, descripti
         raise TypeError(f"description must be a str, got {description!r}.")
 
 
+_ADAPTERS: dict[type, str] = {NetworkDenoiser: "network", GuidedDenoiser: "denoiser", _TimestepByKeyword: "model"}
+
+
 def name_of(denoiser: Denoiser, description: str | None) -> str:
-    """Return the teacher in words: the description, or else its own name."""
-    return getattr(denoiser, "__qualname__", type(denoiser).__name__) if description is None else description
+    """Return the teacher in words: the description, or else the name of the network inside this library's adapters."""
+    inner: object = denoiser
+    while attribute := next((name for kind, name in _ADAPTERS.items() if isinstance(inner, kind)), None):
+        inner = getattr(inner, attribute)
+    return getattr(inner, "__qualname__", type(inner).__name__) if description is None else description
 
 
 def device_of(denoiser: Denoiser, data: object) -> torch.device | None:

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from .._checks import check_count
 from .._conditions import Condition
 from .._precision import wide_dtype
+from ..data.arguments import name_of
 from ..data.memory import BatchSize, is_out_of_memory, largest_batch
 from ..data.sources import iterate_batches
 from ..estimation.estimate import estimate_statistics
 from ..noise_levels.grids import log_noise_levels
-from ..statistics.moments import Array, jackknife, reference
+from ..statistics.moments import PRECISIONS, Array, jackknife, reference
 from ..statistics.teacher_statistics import TeacherStatistics
 from ..teachers.denoiser import Denoiser
 from .teacher_report import LevelCheck, TeacherReport
@@ -40,6 +41,11 @@ _S_LIMITS = (0.01, 0.2)
 _L_LIMITS, _L_RELATIVE = (0.001, 0.0125), 0.25  # in l, and the part of the larger l that "close" allows in addition
 
 _ERROR_LIMITS = (0.01, 0.25)
+
+# A remainder below is the teacher's rounding, relative to x where D is c_skip x + c_out F or x - t F, rather than to D.
+# In units of the precision and x: exact float32 networks for white Gaussian data (of v, epsilon or x_0) left at most
+# 0.45, the ideal denoiser of digits at least 80,000.
+_ROUNDING_OF_X = 3.0
 
 
 @torch.no_grad()
@@ -95,7 +101,7 @@ def check_teacher(
         raise TypeError(f"data must be something to visit twice, got a {type(data).__name__}: pass list(data).")
     check_count(num_samples, 32, "num_samples", "Standard errors need groups of samples.")
     levels = log_noise_levels(40) if levels is None else levels
-    name = getattr(denoiser, "__qualname__", type(denoiser).__name__)
+    name = name_of(denoiser, None)
     teacher = _AskedTwice(denoiser)
 
     def estimate(s_method: str) -> TeacherStatistics:
@@ -128,11 +134,14 @@ def check_teacher(
 
 def _check_transport(statistics: TeacherStatistics) -> LevelCheck:
     """Compare s_t by transport with s_t by derivative, both from the same sums."""
+    xx = statistics.sums[..., 4].sum(0) / statistics.counts.sum() / statistics.header.sample_size
+    rounding = _ROUNDING_OF_X * PRECISIONS[statistics.header.precision] * xx.sqrt()
+    counts_where = (statistics.g_rms > rounding).numpy()
 
     def both(counts: Tensor, sums: Tensor) -> tuple[Array, Array]:
         by_derivative = replace(statistics, counts=counts, sums=sums)
         by_transport = replace(by_derivative, header=replace(statistics.header, s_method="transport"))
-        return by_transport.s.numpy(), by_derivative.s.numpy()
+        return by_transport.s.numpy() * counts_where, by_derivative.s.numpy() * counts_where
 
     def difference(means: Array) -> tuple[Array]:
         one, rows = torch.ones(1, dtype=torch.float64), torch.from_numpy(means)

@@ -14,6 +14,10 @@ VERDICTS = ("consistent", "close", "inconsistent")
 
 _SIGMAS = 4.0  # standard errors that are put down to sampling: 40 levels and three checks rarely exceed them by chance
 
+# Relative to the best affine denoiser's, the worst error of any level: with data in another range or another output it
+# was 5 or more (two networks and a Gaussian), of networks trained briefly or not at all 1.1 to 2.9.
+_CONVENTIONS = 4.0
+
 _SAME = 1e-3  # relative: a network that answers the same input twice is exact to its precision
 
 
@@ -115,16 +119,18 @@ class TeacherReport:
         unclear = self.transport.unclear | self.slope.unclear | self.error.unclear
         if self.repeat_difference > _SAME:
             yield "It is random: dropout is on, or noise is drawn inside. Put it in eval mode (teacher.eval())."
-        if bool(error.any()):
+        if bool((error & (self.error.value > _CONVENTIONS)).any()):
             yield (
-                f"{self._at(error)} an affine map denoises better: the data are in another range than the teacher was "
-                f"trained on (0..255, [0, 1], [-1, 1], latents not scaled), or what it returns is not D but epsilon, v "
-                f"or a score (see denoiser_from_network), or t is not sigma."
+                f"{self._at(error)} an affine map denoises better, by much: the data are in another range than the "
+                f"teacher was trained on (0..255, [0, 1], [-1, 1], latents not scaled), or what it returns is not D "
+                f"but epsilon, v or a score (see denoiser_from_network), or t is not sigma."
             )
-        elif bool(slope.any()):
+        elif bool((error | slope).any()):
+            misfit = "an affine map denoises better" if bool(error.any()) else "its error does not fit its slope"
             yield (
-                f"{self._at(slope)} its error does not fit its slope: t is not sigma but scaled, squared or an index "
-                f"(see denoiser_from_network), or these are not its data, or it is hardly trained."
+                f"{self._at(error if bool(error.any()) else slope)} {misfit}, by less than data in another range or "
+                f"another output would cause. It is inexact: trained briefly, or on other data. If it is well trained "
+                f"on these, t is not sigma but scaled, squared or an index (see denoiser_from_network)."
             )
         if bool(transport.any()):
             yield (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import analytic_precond as ap
+from analytic_precond.data.arguments import name_of
 from analytic_precond.diagnostics.teacher_check import check_teacher
 from analytic_precond.diagnostics.teacher_report import LevelCheck, TeacherReport
 
@@ -49,24 +50,29 @@ class MLP(nn.Module):
         return c_skip * x + c_out * self.leave(h)
 
 
+def train(steps: int) -> MLP:
+    """Train a small network by denoising score matching, from a seed of its own."""
+    torch.manual_seed(0)
+    network = MLP()
+    optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for _ in range(steps):
+        x_0 = DIGITS[torch.randint(len(DIGITS), (96,))]
+        t = (1.8 * torch.randn(96) - 0.8).exp()
+        x_t = x_0 + t[:, None] * torch.randn_like(x_0)
+        loss = ((network(x_t, t) - x_0) / network.edm(t).c_out[:, None]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return network.eval()
+
+
 @pytest.fixture(scope="module")
 def trained() -> MLP:
-    """A small network after a few seconds of denoising score matching."""
+    """A small network after a few seconds of training."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = MLP()
-        optimizer = torch.optim.Adam(network.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 900)
-        for _ in range(900):
-            x_0 = DIGITS[torch.randint(len(DIGITS), (96,))]
-            t = (1.8 * torch.randn(96) - 0.8).exp()
-            x_t = x_0 + t[:, None] * torch.randn_like(x_0)
-            loss = ((network(x_t, t) - x_0) / network.edm(t).c_out[:, None]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return network.eval()
+        return train(900)
 
 
 # verdicts
@@ -82,6 +88,58 @@ def test_exact_teachers_are_consistent(problem: Gaussian | ScalarMixture, seed: 
 def test_ideal_denoiser_of_real_images_is_consistent() -> None:
     report = check(ap.EmpiricalDenoiser(DIGITS), levels=ap.log_noise_levels(40))
     assert report.verdict == "consistent", str(report)
+
+
+class White(nn.Module):
+    """What an exact network predicts of white Gaussian data, in float32."""
+
+    def __init__(self, prediction: str, variance: float) -> None:
+        super().__init__()
+        self.prediction, self.variance = prediction, variance
+
+    def forward(self, z: Tensor, time: Tensor) -> Tensor:
+        t = ap.VPCosineSchedule().noise_level(time).to(z)[:, None]
+        alpha = (1 + t**2).rsqrt()
+        share = z / (self.variance + t**2) / alpha
+        clean, epsilon = self.variance * share, t * share
+        v = alpha * epsilon - alpha * t * clean
+        return {"v": v, "epsilon": epsilon, "sample": clean}[self.prediction]
+
+
+@pytest.mark.parametrize("prediction", ["v", "epsilon", "sample"])
+@pytest.mark.parametrize("variance", [1.0, 0.25, 0.04])
+def test_rounding_of_an_exact_network_is_no_misfit(prediction: str, variance: float) -> None:
+    """It is relative to c_skip x, which is larger than D: the remainder, 6e-9, is nothing to have a law."""
+    data = variance**0.5 * torch.randn(1024, 192, generator=torch.Generator().manual_seed(0))
+    denoiser = ap.denoiser_from_network(White(prediction, variance), prediction, ap.VPCosineSchedule())
+    report = check(denoiser, data, levels=ap.log_noise_levels(40))
+    assert report.verdict == "consistent", str(report)
+    assert str(report).startswith("Teacher check of White: consistent")
+    assert float((report.statistics.g_rms / (variance + report.levels**2).sqrt()).max()) < 1e-7  # of x
+    assert ap.estimate_statistics(denoiser, data, LEVELS, 8, progress=False).header.description == "White"
+
+
+def test_names_are_of_the_network_inside() -> None:
+    network = White("v", 1.0)
+    denoiser = ap.denoiser_from_network(network, "v", ap.VPCosineSchedule())
+    for teacher in (denoiser, ap.denoiser_from_edm(network), ap.guide(denoiser, denoiser, 2.0), network):
+        assert name_of(teacher, None) == "White"
+        assert name_of(teacher, "mine") == "mine"
+    assert name_of(ap.denoiser_from_edm(network.forward), None) == "White.forward"
+    assert name_of(ap.GaussianDenoiser(1.0), None) == "GaussianDenoiser"
+
+
+@pytest.mark.parametrize("steps", [0, 5, 20, 60, 150])
+def test_short_training_is_no_fault_of_conventions(steps: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        network = train(steps)
+    report = check(network, levels=ap.log_noise_levels(16))
+    text = " ".join(str(report).split())
+    assert report.verdict == "inconsistent"
+    meaning = "It is inexact: trained briefly, or on other data. If it is well trained on these, t is not sigma"
+    assert (meaning in text) == (steps != 60)  # whose ODE is off at the last level, and nothing else
+    assert "the data are in another range than" not in text
+    assert "epsilon, v or a score" not in text
 
 
 @pytest.mark.long
