@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_choice, check_count, check_levels, check_positive, check_tensor, may_read
+from .._checks import all_true, check_choice, check_count, check_level, check_levels, check_positive, may_read
 from .._precision import wide_dtype
 from ..noise_levels.random_levels import check_destination, check_generator, check_ramp, draw, karras_level
 
@@ -214,7 +214,7 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
         b: Steepness of the sigmoid, positive.
 
     Returns:
-        The noise levels r, ``0 <= r < t``. Shape and dtype of ``t`` (float32 for half precision).
+        The noise levels r, ``0 <= r < t``. Shape and dtype of ``t``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -225,7 +225,7 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
         >>> ect_target_times(torch.tensor([1.0, 80.0]))  # at stage 0, r = 0 up to ln 7
         tensor([ 0., 40.])
     """
-    check_tensor(t, "t")
+    check_level(t, "t")
     check_count(stage, 0, "stage")
     check_positive(q, "q")
     check_positive(b, "b")
@@ -236,14 +236,13 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
     valid = (t > 0) & (t < torch.inf)
     if all_true(valid) is False:
         raise ValueError(f"t must be positive finite noise levels, got {t[~valid][0].item()}: pass sigma, not indices.")
-    dtype = torch.promote_types(t.dtype, torch.float32)
     decay = float(q) ** -(stage + 1)
-    if decay < torch.finfo(dtype).eps:
-        raise ValueError(f"stage must leave r below t in {dtype}, got stage {stage} with q = {q}: stop earlier.")
+    if decay < torch.finfo(t.dtype).eps:
+        raise ValueError(f"stage must leave r below t in {t.dtype}, got stage {stage} with q = {q}: stop earlier.")
 
     wide = t.to(wide_dtype(t.device))
     ratio = 1 - decay * (1 + k * torch.sigmoid(-b * wide))
-    return (wide * ratio.clamp(min=0)).to(dtype)
+    return (wide * ratio.clamp(min=0)).to(t.dtype)
 
 
 def _below(bound: Tensor, uniform: Tensor) -> Tensor:
@@ -253,7 +252,7 @@ def _below(bound: Tensor, uniform: Tensor) -> Tensor:
 
 def _check_grid(levels: object) -> None:
     """Refuse what is not a grid; its values are looked at on the CPU only, where that stalls nothing."""
-    check_tensor(levels, "levels")
+    check_level(levels, "levels")
     assert isinstance(levels, Tensor)
     if may_read(levels):
         check_levels(levels)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_positive, check_tensor
+from .._checks import all_true, check_level, check_positive, check_tensor
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to
 from ..ode.solve import heun_solve, heun_solve_between
@@ -218,7 +218,7 @@ def _check(
         )
     t, u, s = times.t, times.u, times.s
     for name, level in (("t", t), ("u", u), ("s", s)):
-        check_tensor(level, f"times.{name}")
+        check_level(level, f"times.{name}")
         if level.shape != x_0.shape[:1]:
             raise ValueError(f"times.{name} must have shape {tuple(x_0.shape[:1])}, got {tuple(level.shape)}.")
     if num_steps is not None and times.levels is not None and times.t_index is not None:

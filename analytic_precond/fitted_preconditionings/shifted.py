@@ -122,7 +122,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
         t, s, valid = self._levels(place(t, self._device, t.dtype), s)
         rate = self.shift(t, s)[0].clamp(0, 1)
         q = t * (-rate * ((t - s) / s).log1p()).exp()
-        return (q if valid is None else torch.where(valid, q, torch.nan)).to(torch.promote_types(dtype, torch.float32))
+        return (q if valid is None else torch.where(valid, q, torch.nan)).to(dtype)
 
     def _own_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {}, {"shift": self.shift.state_dict()["control"]}  # in float64, whatever the device computes with

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_positive, check_tensor
+from .._checks import all_true, check_level, check_positive, check_tensor
 from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
 from ..noise_levels.per_sample import expand_to, one_per_sample
@@ -87,11 +87,11 @@ class Preconditioning(FixedPrecisionModule):
 
         Returns:
             The coefficients in the broadcast shape, computed in float64 (float32 where a device has none) and returned
-            in the levels' dtype (float32 for half-precision levels).
+            in the levels' dtype.
         """
         c_skip, c_out = self._wide(t, s)
         dtypes = [level.dtype for level in (t, s) if isinstance(level, Tensor)] or [torch.float64]
-        dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[-1]), torch.float32)
+        dtype = torch.promote_types(dtypes[0], dtypes[-1])
         if dtype == torch.float64:
             dtype = wide_dtype(c_out.device)
         return Scalings(c_skip.to(dtype), c_out.to(dtype))
@@ -143,6 +143,7 @@ class Preconditioning(FixedPrecisionModule):
             The denoiser's input and its noise level.
         """
         level = t if isinstance(t, Tensor) else place(t, x_t.device, torch.promote_types(x_t.dtype, torch.float32))
+        check_level(level, "t")
         if not self.told_lower_level:
             return x_t, level
         q = self.network_level(level, s)
@@ -248,7 +249,7 @@ class Preconditioning(FixedPrecisionModule):
         device = None
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):
-                check_tensor(level, name)
+                check_level(level, name)
                 device = device or level.device
             elif not isinstance(level, float):
                 raise TypeError(

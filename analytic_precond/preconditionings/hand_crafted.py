@@ -148,7 +148,7 @@ class CMPreconditioning(Preconditioning):
         """Return ``s`` or else ``sigma_min``; a float becomes what ``t``'s dtype makes of it: an exact boundary."""
         s = self.sigma_min if s is None else s
         if isinstance(t, Tensor) and isinstance(s, float):
-            return torch.full((), s, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
+            return torch.full((), s, dtype=t.dtype, device=t.device)
         return s
 
     def _reached(self, s: Tensor) -> Tensor:

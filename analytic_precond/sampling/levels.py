@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 from torch import Tensor, nn
 
-from .._checks import check_not_negative
+from .._checks import check_level, check_not_negative
 from ..preconditionings.base import ROUNDING, Preconditioning
 
 Levels = Tensor | Sequence[float] | Sequence[int]
@@ -115,6 +115,8 @@ def _numbers(values: Levels, name: str) -> list[float]:
     if isinstance(values, Tensor):
         if values.ndim != 1:
             raise ValueError(f"{name} must be 1-D, got a tensor of shape {tuple(values.shape)}: flatten it.")
+        if values.is_floating_point():  # else they are indices
+            check_level(values, name)
         values = values.tolist()
     try:
         numbers = list(values)
