@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from .._checks import check_count, warn_caller
-from ..teachers.denoiser import Denoiser, modules_of
+from .._modules import modules_of, tensors_of
+from ..teachers.denoiser import Denoiser
 from .memory import BatchSize
 
 
@@ -34,11 +35,9 @@ def name_of(denoiser: Denoiser, description: str | None) -> str:
 
 
 def device_of(denoiser: Denoiser, data: object) -> torch.device | None:
-    """The teacher's device if it is a module that has one, else the data's if they are a tensor."""
-    tensor = data if isinstance(data, Tensor) else None
-    if isinstance(denoiser, nn.Module):
-        tensor = next(denoiser.parameters(), next(denoiser.buffers(), tensor))
-    return None if tensor is None else tensor.device
+    """The device of the teacher's modules, else the data's if they are a tensor; offloaded parameters are on none."""
+    devices = (tensor.device for tensor in tensors_of(denoiser) if not tensor.is_meta)
+    return next(devices, data.device if isinstance(data, Tensor) else None)
 
 
 def keywords_of(

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_count
+from .._modules import Wrapper
 from .._precision import wide_dtype
 from ..data.memory import BatchSize, is_out_of_memory, largest_batch
 from ..data.sources import iterate_batches
@@ -181,7 +182,7 @@ def _element_variance(data: object, num: int, batch_size: int, seed: int) -> flo
     return variance
 
 
-class _AskedTwice(nn.Module):
+class _AskedTwice(Wrapper):
     """The teacher, whose first answer is asked for twice and compared."""
 
     def __init__(self, denoiser: Denoiser) -> None:

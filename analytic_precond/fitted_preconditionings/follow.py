@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from .._checks import check_count, check_levels, check_positive
 from .._files import sample_shape_of
-from .._precision import network_dtype, wide_dtype
+from .._modules import network_dtype
+from .._precision import wide_dtype
 from ..data.arguments import check_request, device_of, keywords_of, name_of, warn_if_training
 from ..data.memory import BatchSize, Pieces
 from ..data.sources import Batch, iterate_batches, pair_noise

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import all_true, check_not_negative
-from .._precision import network_dtype
+from .._modules import NetworkWrapper
 from ..noise_levels.network_scalings import EDMPreconditioning
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..preconditionings.base import ROUNDING, Preconditioning
@@ -24,7 +24,7 @@ from ..preconditionings.base import ROUNDING, Preconditioning
 NoiseConditioning = Callable[[Tensor], Tensor]
 
 
-class Student(nn.Module):
+class Student(NetworkWrapper):
     """What all students share: the denoiser around the network."""
 
     def __init__(
@@ -34,9 +34,9 @@ class Student(nn.Module):
         sigma_data: float = 0.5,
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
-        super().__init__()
         if not callable(network):
             raise TypeError(f"network must be callable, got {type(network).__name__}: pass an nn.Module.")
+        super().__init__(network)
         if not isinstance(precond, Preconditioning):
             raise TypeError(
                 f"precond must be a Preconditioning, got {type(precond).__name__}: for example "
@@ -52,7 +52,6 @@ class Student(nn.Module):
                 f"sigma_data must be {precond.sigma_data:g}, the preconditioning's, which scales the input by "
                 f"it, got {sigma_data:g}: fit it again with the student's."
             )
-        self.network = network
         self.precond = precond
         self.edm = EDMPreconditioning(sigma_data)
         self.noise_conditioning = noise_conditioning
@@ -74,9 +73,9 @@ class Student(nn.Module):
         else:
             c_noise = [edm.c_noise, *(self.edm(t).c_noise for t in levels[1:])]
 
-        dtype = network_dtype(self.network, x.dtype)
+        dtype = self._network_dtype(x.dtype)
         told = torch.promote_types(dtype, torch.float32)  # float64 grids must not reach a float32 network's embedding
-        output = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **condition)
+        output: Tensor = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **condition)
         if output.shape != x.shape:
             raise ValueError(
                 f"the network must return x's shape {tuple(x.shape)}, got {tuple(output.shape)}: drop extra channels, "

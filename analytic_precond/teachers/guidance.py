@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_choice
+from .._modules import Wrapper
 from .denoiser import Denoiser
 
 _FORMULAS = ("from_unconditional", "from_conditional")
@@ -56,7 +57,7 @@ def guide(
     return GuidedDenoiser(denoiser, unconditional, scale + 1.0 if formula == "from_conditional" else float(scale))
 
 
-class GuidedDenoiser(nn.Module):
+class GuidedDenoiser(Wrapper):
     """What `guide` returns.
 
     Args:

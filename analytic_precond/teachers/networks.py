@@ -10,10 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_tensor
-from .._precision import network_dtype, wide_dtype
+from .._modules import NetworkWrapper
+from .._precision import wide_dtype
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import EDMSchedule, Schedule
 from .predictions import PredictionScalings
@@ -21,7 +22,7 @@ from .predictions import PredictionScalings
 NetworkScalings = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-class NetworkDenoiser(nn.Module):
+class NetworkDenoiser(NetworkWrapper):
     r"""The denoiser $D(x, t) = c_{skip} x + c_{out} F(c_{in} x, c_{noise})$ around a raw network F.
 
     The coefficients are computed in float64 and applied in float32 or wider. The network is called in its own dtype,
@@ -33,7 +34,8 @@ class NetworkDenoiser(nn.Module):
         scalings: From noise levels of shape ``(B,)`` to ``(c_skip, c_out, c_in, c_noise)``, for example an
             `EDMPreconditioning`.
         condition: Conditions for every call, e.g. labels; those of a call come on top.
-        dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
+        dtype: What the network is called in. Default: its own ``dtype`` if it says one, as diffusers' models do, else
+            that of most elements of its parameters; ``x``'s if it has none (a dtype of one byte only stores).
         learned_variance: Drop the second half of twice as many channels as ``x`` has.
 
     Raises:
@@ -55,10 +57,9 @@ class NetworkDenoiser(nn.Module):
         dtype: torch.dtype | None = None,
         learned_variance: bool = False,
     ) -> None:
-        super().__init__()
         if not callable(network):
             raise TypeError(f"network must be callable as network(x, time), got {type(network).__name__}.")
-        self.network = network
+        super().__init__(network)
         self.scalings = scalings
         self.condition = dict(condition or {})
         self.dtype = dtype
@@ -110,7 +111,7 @@ class NetworkDenoiser(nn.Module):
         return output
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
-        return network_dtype(self.network, default) if self.dtype is None else self.dtype
+        return super()._network_dtype(default) if self.dtype is None else self.dtype
 
 
 _CALL_ERRORS = ("unexpected keyword argument", "required positional argument", "required keyword-only argument")
@@ -141,7 +142,7 @@ def denoiser_from_network(
         network: Called as ``network(x', time, **condition)``; put it in eval mode.
         prediction: One of the five.
         schedule: The noise schedule that the network was trained under.
-        dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
+        dtype: What the network is called in. Default: its own, as for `NetworkDenoiser`.
         learned_variance: Drop the second half of twice as many channels (guided-diffusion's learned sigma).
         **condition: Conditions for every call, e.g. labels; those of a call come on top.
 
@@ -163,7 +164,9 @@ def denoiser_from_network(
     return NetworkDenoiser(network, scalings, condition, dtype=dtype, learned_variance=learned_variance)
 
 
-def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkDenoiser:
+def denoiser_from_edm(
+    network: Callable[..., Any], dtype: torch.dtype | None = None, **condition: Any
+) -> NetworkDenoiser:
     """Make a denoiser of an EDM-style network, which is one already: ``network(x, sigma, class_labels=...)``.
 
     Such networks hold their own preconditioning and cast down inside; they are called in float32 or wider, their
@@ -171,6 +174,7 @@ def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkD
 
     Args:
         network: The network, in eval mode.
+        dtype: What the network is called in. Default: its own, float32 at least.
         **condition: Conditions for every call, e.g. ``class_labels``; those of a call come on top.
 
     Returns:
@@ -184,7 +188,7 @@ def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkD
         >>> denoiser(torch.tensor([[5.0]]), torch.tensor([2.0]))
         tensor([[1.]])
     """
-    return _EDMDenoiser(network, PredictionScalings("sample", EDMSchedule()), condition)
+    return _EDMDenoiser(network, PredictionScalings("sample", EDMSchedule()), condition, dtype=dtype)
 
 
 class _EDMDenoiser(NetworkDenoiser):
@@ -201,4 +205,5 @@ class _EDMDenoiser(NetworkDenoiser):
         return super()._call_network(z, c_noise, condition)
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
-        return torch.promote_types(super()._network_dtype(default), torch.float32)
+        own = super()._network_dtype(default)
+        return own if self.dtype is not None else torch.promote_types(own, torch.float32)
