@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not dtypes of one byte, which only store
 
@@ -86,7 +86,7 @@ class NetworkDtype:
         for module, name in places:
             parameter = getattr(module, name)
             if parameter.dtype in _COMPUTED_IN:
-                size = 1 if isinstance(parameter, UninitializedTensorMixin) else parameter.numel()
+                size = 1 if isinstance(parameter, UninitializedParameter) else parameter.numel()
                 sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + size
                 if parameter.dtype not in largest or size > largest[parameter.dtype][0]:
                     largest[parameter.dtype] = size, (module, name)

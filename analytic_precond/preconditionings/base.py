@@ -37,8 +37,8 @@ class Preconditioning(FixedPrecisionModule):
     """Base of all preconditionings: checks, dtypes and the jump around a subclass's `coefficients`.
 
     Noise levels are floats or floating-point tensors that broadcast against each other, with ``s <= t`` inside the
-    preconditioning's range, to float32 rounding. Where looking at the values would stall the device (off the CPU) or
-    break a graph (torch.compile, torch.vmap), levels out of range give NaN instead of an error.
+    preconditioning's range, to float32 rounding, and finite. Where looking at the values would stall the device (off
+    the CPU) or break a graph (torch.compile, torch.vmap), levels out of range give NaN instead of an error.
 
     One layout throughout: coefficients have the shape ``(*levels, *coefficient_shape)``. A subclass that has more than
     one pair per jump says its shape, and in `_to_modes` and `_from_modes` what they multiply if not x itself.
@@ -263,13 +263,15 @@ class Preconditioning(FixedPrecisionModule):
             shapes = " and ".join(str(tuple(level.shape)) for level in wide)
             raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
         low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
-        valid = (there <= here * (1 + ROUNDING)) & (there >= low) & (here <= high) & (here > 0)
+        valid = (there <= here * (1 + ROUNDING)) & (there >= low) & (here <= high) & (here > 0) & (here < math.inf)
         all_valid = all_true(valid)
         if all_valid is False:
             index = int((~valid).flatten().nonzero()[0])
             t_bad, s_bad = here.flatten()[index].item(), there.flatten()[index].item()
             inside = self.sigma_min <= s_bad and t_bad <= self.sigma_max
             advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
+            if t_bad == math.inf:
+                advice = "pure noise has no finite level, start at the sigma_max of the schedule, e.g. 80"
             raise ValueError(
                 f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
                 f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."

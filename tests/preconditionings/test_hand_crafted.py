@@ -86,6 +86,25 @@ def test_dtypes(precond: ap.Preconditioning) -> None:
 
 
 @every_with_cm
+def test_infinite_levels_are_refused_with_what_to_do(precond: ap.Preconditioning) -> None:
+    t, x = torch.tensor([2.0, torch.inf], dtype=torch.float64), torch.ones(2, 3)
+    jumps: list[Callable[[], object]] = [
+        lambda: precond(torch.inf, 0.01),
+        lambda: precond(t, 0.01),
+        lambda: precond(t.float(), 0.01),
+        lambda: precond.on_network(t, 0.01),
+        lambda: precond.jump(x, x, t, 0.01),
+        lambda: ap.ConsistencyModel(lambda x, c: x, precond, sigma_min=0.01)(x, t),
+    ]
+    for jump in jumps:
+        with pytest.raises(ValueError, match=r"got t = inf, s = 0\.0\d+ at .*start at the sigma_max of the schedule"):
+            jump()
+    c_skip, c_out = torch.vmap(lambda t: tuple(precond(t, 0.01)))(t)
+    assert torch.isnan(c_skip).tolist() == torch.isnan(c_out).tolist() == [False, True]
+    assert torch.isfinite(torch.stack(precond(1e30, 0.01))).all()
+
+
+@every_with_cm
 def test_invalid_levels_are_nan_where_they_cannot_be_read(precond: ap.Preconditioning) -> None:
     t, s = torch.tensor([2.0, 1.0, float("nan"), -1.0]), torch.tensor([0.01, 2.0, 0.01, -2.0])
     mapped = torch.vmap(lambda t, s: tuple(precond(t, s)))
