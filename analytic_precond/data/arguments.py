@@ -2,6 +2,7 @@ r"""What every pass of a teacher over data asks: how, where it runs, what it is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .._checks import check_count, warn_caller
+from .._checks import check_count, check_levels, warn_caller
 from .._modules import modules_of, tensors_of
+from ..noise_levels.grids import log_noise_levels
 from ..teachers.denoiser import Denoiser
+from ..teachers.networks import noise_range_of
 from .memory import BatchSize
 
 
@@ -32,6 +35,31 @@ def check_request(batch_size: BatchSize, seed: int, condition: object, descripti
 def name_of(denoiser: Denoiser, description: str | None) -> str:
     """Return the teacher in words: the description, or else its own name."""
     return getattr(denoiser, "__qualname__", type(denoiser).__name__) if description is None else description
+
+
+_ROUNDING = 1e-6  # relative: float32 grids end next to the table's ends
+
+
+def default_levels(denoiser: Denoiser, num: int) -> Tensor:
+    """Return ``num`` levels uniform in lambda, from 80 to 0.002 as far as the teacher knows them."""
+    low, high = noise_range_of(denoiser) or (0.0, math.inf)
+    return log_noise_levels(num, max(low, 0.002), min(high, 80.0))
+
+
+def levels_for(denoiser: Denoiser, levels: Tensor | None, num: int) -> Tensor:
+    """Return the levels once checked, the default ones for None; warn of those that the teacher does not know."""
+    if levels is None:
+        return default_levels(denoiser, num)
+    check_levels(levels)
+    known = noise_range_of(denoiser)
+    ends = levels[-1].item(), levels[0].item()
+    if known is not None and (ends[0] < known[0] * (1 - _ROUNDING) or ends[1] > known[1] * (1 + _ROUNDING)):
+        warn_caller(
+            f"the teacher knows noise levels from {known[0]:.4g} to {known[1]:.4g}, the ends of its schedule's table, "
+            f"but is asked at {ends[0]:.4g} to {ends[1]:.4g}: beyond, it is told the nearest, and its answers are "
+            f"wrong. Leave levels out, or pass log_noise_levels({num}, *denoiser.noise_range)."
+        )
+    return levels
 
 
 def device_of(denoiser: Denoiser, data: object) -> torch.device | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._checks import all_true, check_choice, check_count, check_level, check_levels, check_positive, may_read
 from .._precision import wide_dtype
 from ..noise_levels.random_levels import check_destination, check_generator, check_ramp, draw, karras_level
+from ..students.consistency_models import default_range
 
 
 class JumpTimes(NamedTuple):
@@ -130,13 +131,14 @@ def sample_adjacent_times(batch: int, levels: Tensor, generator: torch.Generator
 
 def sample_continuous_times(
     batch: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     rho: float = 7.0,
     generator: torch.Generator | None = None,
     *,
     max_span: float = 17 / 18,
     end: str = "uniform",
+    student: object = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> JumpTimes:
@@ -154,12 +156,14 @@ def sample_continuous_times(
 
     Args:
         batch: Number of samples B, at least 1.
-        sigma_min: Smallest noise level, positive.
-        sigma_max: Largest noise level, above ``sigma_min``.
+        sigma_min: Smallest noise level, positive. Default: the cleanest that ``student`` reaches, 0.002 without one.
+        sigma_max: Largest noise level, above ``sigma_min``. Default: the noisiest that ``student`` starts from, 80
+            without one.
         rho: Exponent of the ramp, positive.
         generator: Source of the random numbers. Default: torch's own.
         max_span: Largest share of the ramp between t and u, above 0 and at most 1.
         end: How s is drawn: ``"uniform"``, or ``"smallest"`` for ``sigma_min``.
+        student: Whose jumps the times are for, alone or inside a wrapper.
         device: Where the times end. Default: the generator's device, or torch's default one.
         dtype: ``torch.float32`` or ``torch.float64``; in float64 the whole training step would become float64.
 
@@ -176,6 +180,8 @@ def sample_continuous_times(
         True
     """
     check_count(batch, 1, "batch", "Pass len(x).")
+    cleanest, noisiest = default_range(student)
+    sigma_min, sigma_max = cleanest if sigma_min is None else sigma_min, noisiest if sigma_max is None else sigma_max
     check_ramp(sigma_min, sigma_max, rho)
     check_positive(max_span, "max_span")
     if max_span > 1:

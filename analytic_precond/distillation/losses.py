@@ -17,6 +17,7 @@ from .._checks import all_true, check_level, check_positive, check_tensor
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to
 from ..ode.solve import heun_solve, heun_solve_between
+from ..students.consistency_models import default_range
 from ..teachers.denoiser import Denoiser
 from .distances import squared_error
 from .jump_times import JumpTimes
@@ -123,7 +124,8 @@ def trajectory_distillation_loss(
 
     - ``inner``: What jumps from u to s on the target's side, without gradient. Default: ``target``. sony/ctm takes the
       student itself, and its average for the jumps to $\varepsilon$ only.
-    - ``sigma_min``: The level at which both sides are compared. Default: the last of the times' grid, or 0.002.
+    - ``sigma_min``: The level at which both sides are compared. Default: the last of the times' grid, else the
+      cleanest that the student reaches, 0.002 where it does not say.
 
     Returns:
         The loss and its terms.
@@ -143,7 +145,9 @@ def trajectory_distillation_loss(
     if sigma_min is not None:
         check_positive(sigma_min, "sigma_min")
     t, u, s, x_t, x_u = _points(denoiser, x_0, noise, times, num_steps, condition)
-    last = times.levels[-1] if sigma_min is None and times.levels is not None else sigma_min or 0.002
+    last: Tensor | float = default_range(student)[0] if sigma_min is None else sigma_min
+    if sigma_min is None and times.levels is not None:
+        last = times.levels[-1]
     end = place(last, s.device, s.dtype).expand_as(s).minimum(s)  # float32 grids end at 0.0019999996
     passes = StudentPasses(condition, share_dropout)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._precision import place
+from ..data.arguments import default_levels
 from ..data.memory import BatchSize
 from ..interpolation.spline_table import SplineTable
-from ..noise_levels.grids import log_noise_levels
 from ..teachers.denoiser import Condition, Denoiser
 from .fitted import FitFile, FittedPreconditioning
 from .follow import FitHeader, FitRun
@@ -91,15 +91,15 @@ class ShiftedPreconditioning(FittedPreconditioning):
         Args:
             levels: Decreasing noise levels to regress at. Neighbours are at most a factor of 2 apart, and at least one
                 of 1.05: coarser tables are not accurate between the levels, finer ones ill-conditioned. Default: 20
-                from 80 to 0.002, uniform in lambda.
+                from 80 to 0.002, uniform in lambda, inside what the teacher knows.
             sigma_data: Standard deviation of the data: the same as the student's, who scales by it.
 
         Returns:
             The preconditioning, on the CPU, for jumps between ``levels[0]`` and ``levels[-1]``.
         """
         return super().fit(
-            denoiser, data, log_noise_levels(_NUM_LEVELS) if levels is None else levels, num_trajectories, batch_size,
-            seed, sigma_data, progress, condition=condition, device=device, description=description,
+            denoiser, data, default_levels(denoiser, _NUM_LEVELS) if levels is None else levels, num_trajectories,
+            batch_size, seed, sigma_data, progress, condition=condition, device=device, description=description,
         )  # fmt: skip
 
     @classmethod

@@ -66,6 +66,11 @@ class Schedule(ABC):
     def time(self, noise_level: Tensor) -> Tensor:
         """Return the time at which sigma / alpha is ``noise_level``."""
 
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest noise level that a network was trained at; None if the schedule does not say."""
+        return None
+
     def noise_level(self, time: Tensor) -> Tensor:
         """Return sigma / alpha."""
         return self.sigma(time) / self.alpha(time)

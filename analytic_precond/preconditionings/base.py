@@ -66,6 +66,11 @@ class Preconditioning(FixedPrecisionModule):
         return 0.0
 
     @property
+    def default_range(self) -> tuple[float, float]:
+        """The cleanest and the noisiest level where none are given: EDM's 0.002 and 80 in place of 0 and infinity."""
+        return self.sigma_min or 0.002, self.sigma_max if self.sigma_max < math.inf else 80.0
+
+    @property
     def coefficient_shape(self) -> tuple[int, ...]:
         """The coefficients' shape at one pair of levels: of a sample or its modes; ``()`` where one pair serves all."""
         return ()

@@ -121,6 +121,11 @@ class CMPreconditioning(Preconditioning):
         """The level that all jumps reach."""
         return self._sigma_min
 
+    @property
+    def default_range(self) -> tuple[float, float]:
+        """The level that all jumps reach, and 80."""
+        return self.sigma_min, 80.0
+
     if TYPE_CHECKING:
 
         def __call__(self, t: Tensor | float, s: Tensor | float | None = None) -> Scalings: ...  # noqa: D102

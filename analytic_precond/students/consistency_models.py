@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import all_true, check_not_negative
 from .._modules import NetworkWrapper
@@ -61,6 +61,11 @@ class Student(NetworkWrapper):
         def __call__(  # noqa: D102
             self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any
         ) -> Tensor: ...
+
+    @property
+    def default_range(self) -> tuple[float, float]:
+        """The cleanest and the noisiest level of the student's jumps where none are given."""
+        return self.precond.default_range
 
     def _denoiser(self, x: Tensor, *levels: Tensor, **condition: Any) -> Tensor:
         """Return D in float32 or wider, for one or two levels per sample, the first of them x's own."""
@@ -142,7 +147,8 @@ class ConsistencyModel(Student):
         network: The raw network F.
         precond: The jump's preconditioning on the denoiser.
         sigma_data: Standard deviation of the data.
-        sigma_min: The level that all jumps reach; 0 where the preconditioning reaches it.
+        sigma_min: The level that all jumps reach; 0 where the preconditioning reaches it. Default: the cleanest one
+            that the preconditioning was made for, 0.002 if it was made for any.
         noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
 
     Raises:
@@ -161,12 +167,18 @@ class ConsistencyModel(Student):
         network: Callable[..., Tensor],
         precond: Preconditioning,
         sigma_data: float = 0.5,
-        sigma_min: float = 0.002,
+        sigma_min: float | None = None,
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
         super().__init__(network, precond, sigma_data, noise_conditioning)
+        sigma_min = precond.default_range[0] if sigma_min is None else sigma_min
         check_not_negative(sigma_min, "sigma_min")  # 0 is what ECT's training jumps reach
         self.sigma_min = float(sigma_min)
+
+    @property
+    def default_range(self) -> tuple[float, float]:
+        """The level that all jumps reach, and the noisiest one to start from."""
+        return self.sigma_min, self.precond.default_range[1]
 
     def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
         """Jump from ``t`` to ``sigma_min`` in one call of the network.
@@ -199,3 +211,16 @@ class ConsistencyModel(Student):
                 f"{s[~reached][0].item():.9g}: leave s out, or take a ConsistencyTrajectoryModel."
             )
         return torch.where(reached, s, torch.nan)
+
+
+def student_behind(student: object) -> Student | None:
+    """Return the student inside wrappers (averaged, parallel, compiled); None of any other callable."""
+    while isinstance(student, nn.Module) and not isinstance(student, Student):
+        student = getattr(student, "module", getattr(student, "_orig_mod", None))
+    return student if isinstance(student, Student) else None
+
+
+def default_range(student: object) -> tuple[float, float]:
+    """Return the cleanest and the noisiest level where none are given: a student's own, else 0.002 and 80."""
+    found = student_behind(student)
+    return (0.002, 80.0) if found is None else found.default_range

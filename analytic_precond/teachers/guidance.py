@@ -10,6 +10,7 @@ from torch import Tensor
 from .._checks import check_choice
 from .._modules import Wrapper
 from .denoiser import Denoiser
+from .networks import noise_range_of
 
 _FORMULAS = ("from_unconditional", "from_conditional")
 
@@ -71,6 +72,11 @@ class GuidedDenoiser(Wrapper):
         self.denoiser = denoiser
         self.unconditional = unconditional
         self.scale = scale
+
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest noise level that both denoisers know, as for `NetworkDenoiser`, or None."""
+        return noise_range_of(self)
 
     def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         """Return the guided estimate of the clean data. Shapes: ``x`` (B, ...), ``t`` (B,)."""

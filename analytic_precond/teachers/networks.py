@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .._checks import check_tensor
-from .._modules import NetworkWrapper
+from .._modules import NetworkWrapper, modules_of
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import EDMSchedule, Schedule
+from .denoiser import Denoiser
 from .predictions import PredictionScalings
 
 NetworkScalings = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -65,6 +66,14 @@ class NetworkDenoiser(NetworkWrapper):
         self.dtype = dtype
         self.learned_variance = learned_variance
 
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest noise level that the network knows from its schedule's table, or None.
+
+        Beyond, it is told the nearest one, and its answers are wrong.
+        """
+        return self.scalings.schedule.noise_range if isinstance(self.scalings, PredictionScalings) else None
+
     def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         """Return the estimate of the clean data. Shapes: ``x`` (B, ...), ``t`` (B,).
 
@@ -112,6 +121,13 @@ class NetworkDenoiser(NetworkWrapper):
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
         return super()._network_dtype(default) if self.dtype is None else self.dtype
+
+
+def noise_range_of(denoiser: Denoiser) -> tuple[float, float] | None:
+    """Return the noise levels that all networks of a denoiser know, as far as these are known."""
+    adapted = (module for module in modules_of(denoiser) if isinstance(module, NetworkDenoiser))
+    known = [adapter.noise_range for adapter in adapted if adapter.noise_range is not None]
+    return (max(low for low, _ in known), min(high for _, high in known)) if known else None
 
 
 _CALL_ERRORS = ("unexpected keyword argument", "required positional argument", "required keyword-only argument")
