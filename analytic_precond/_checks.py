@@ -5,6 +5,7 @@ Warnings point at the user's own line, however deep in the package the reason is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_INSIDE = tuple(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__))  # torch's for its decorators
+# and whose frames come between: torch's for its decorators, contextlib's for context managers
+_INSIDE = (*(f"{Path(module).parent}{os.sep}" for module in (__file__, torch.__file__)), contextlib.__file__)
 
 
 def check_tensor(value: object, name: str) -> None:
