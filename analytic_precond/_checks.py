@@ -30,6 +30,18 @@ def check_tensor(value: object, name: str) -> None:
         )
 
 
+def check_level(level: object, name: str) -> None:
+    """Refuse anything but a tensor of noise levels, or times, of float32 or float64; looks at no value."""
+    check_tensor(level, name)
+    assert isinstance(level, Tensor)
+    if level.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"{name} must be float32 or float64, got {level.dtype}, which cannot tell neighbouring noise levels apart: "
+            f"make grids in float64, pass t.float() before t is rounded, and keep times out of what casts inputs "
+            f"(FSDP2: MixedPrecisionPolicy(..., cast_forward_inputs=False))."
+        )
+
+
 def may_read(value: Tensor) -> bool:
     """Whether looking at values neither stalls a device (off the CPU) nor breaks a graph (torch.compile)."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -54,7 +66,7 @@ def check_finite(value: Tensor, name: str) -> None:
 
 def check_levels(levels: object, name: str = "levels") -> None:
     """Refuse anything but a strictly decreasing 1-D tensor of at least two finite positive noise levels."""
-    check_tensor(levels, name)
+    check_level(levels, name)
     assert isinstance(levels, Tensor)
     if levels.ndim != 1 or levels.numel() < 2:
         raise ValueError(

@@ -30,15 +30,6 @@ def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Te
     return torch.full((), value, dtype=dtype, device=device)
 
 
-def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
-    """The dtype that a network's parameters have, ``default`` for one without; autocast does its own casts."""
-    if isinstance(network, nn.Module):
-        for parameter in network.parameters():  # a loop, which older torch.compile can trace too
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return default
-
-
 class FixedPrecisionModule(nn.Module):
     """A module whose buffers follow ``.to(device)`` but ignore ``.half()``, ``.bfloat16()`` and ``.to(dtype)``.
 

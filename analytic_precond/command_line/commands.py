@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._checks import check_count
 from .._files import replace_file
+from ..data.arguments import default_levels
 from ..diagnostics.comparison import compare_statistics
 from ..diagnostics.plots import plot_preconditioning, plot_statistics
 from ..estimation.estimate import estimate_statistics
@@ -42,6 +43,8 @@ def estimate(options: argparse.Namespace) -> int:
         denoiser, data = load_teacher(options.teacher, options.data)
         if isinstance(denoiser, nn.Module) and device is not None:
             denoiser.to(device)
+        if levels is None:
+            levels = default_levels(denoiser, options.num_levels or 120)  # type: ignore[arg-type]
         try:
             statistics = estimate_statistics(
                 denoiser,  # type: ignore[arg-type]  # it is checked there
@@ -86,12 +89,13 @@ def _takes_levels(denoiser: object) -> bool:
     return True
 
 
-def _levels(options: argparse.Namespace) -> Tensor:
+def _levels(options: argparse.Namespace) -> Tensor | None:
+    """Return what was asked for, None where the teacher is to say."""
     grid = {name: getattr(options, name) for name in ("num_levels", "sigma_min", "sigma_max")}
     grid = {name.replace("num_levels", "num"): value for name, value in grid.items() if value is not None}
     if options.levels is None:
         check_count(grid.get("num", 2), 2, "--num-levels")
-        return log_noise_levels(**grid)
+        return log_noise_levels(**grid) if grid.keys() - {"num"} else None
     if grid:
         raise ValueError("give --levels, or --num-levels, --sigma-min and --sigma-max, got both.")
     return torch.tensor(options.levels, dtype=torch.float64)

@@ -2,19 +2,22 @@ r"""What every pass of a teacher over data asks: how, where it runs, what it is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .._checks import check_count, warn_caller
+from .._checks import check_count, check_levels, warn_caller
 from .._conditions import Condition, Ownership, on_device, plain
-from ..teachers.denoiser import Denoiser, modules_of
+from .._modules import modules_of, tensors_of
+from ..noise_levels.grids import log_noise_levels
+from ..teachers.denoiser import Denoiser
 from ..teachers.diffusers_models import _TimestepByKeyword
 from ..teachers.guidance import GuidedDenoiser
-from ..teachers.networks import NetworkDenoiser
+from ..teachers.networks import NetworkDenoiser, noise_range_of
 from .memory import BatchSize
 from .sources import Batch
 
@@ -43,12 +46,35 @@ def name_of(denoiser: Denoiser, description: str | None) -> str:
     return getattr(inner, "__qualname__", type(inner).__name__) if description is None else description
 
 
+_ROUNDING = 1e-6  # relative: float32 grids end next to the table's ends
+
+
+def default_levels(denoiser: Denoiser, num: int) -> Tensor:
+    """Return ``num`` levels uniform in lambda, from 80 to 0.002 as far as the teacher knows them."""
+    low, high = noise_range_of(denoiser) or (0.0, math.inf)
+    return log_noise_levels(num, max(low, 0.002), min(high, 80.0))
+
+
+def levels_for(denoiser: Denoiser, levels: Tensor | None, num: int) -> Tensor:
+    """Return the levels once checked, the default ones for None; warn of those that the teacher does not know."""
+    if levels is None:
+        return default_levels(denoiser, num)
+    check_levels(levels)
+    known = noise_range_of(denoiser)
+    ends = levels[-1].item(), levels[0].item()
+    if known is not None and (ends[0] < known[0] * (1 - _ROUNDING) or ends[1] > known[1] * (1 + _ROUNDING)):
+        warn_caller(
+            f"the teacher knows noise levels from {known[0]:.4g} to {known[1]:.4g}, the ends of its schedule's table, "
+            f"but is asked at {ends[0]:.4g} to {ends[1]:.4g}: beyond, it is told the nearest, and its answers are "
+            f"wrong. Leave levels out, or pass log_noise_levels({num}, *denoiser.noise_range)."
+        )
+    return levels
+
+
 def device_of(denoiser: Denoiser, data: object) -> torch.device | None:
-    """The teacher's device if it is a module that has one, else the data's if they are a tensor."""
-    tensor = data if isinstance(data, Tensor) else None
-    if isinstance(denoiser, nn.Module):
-        tensor = next(denoiser.parameters(), next(denoiser.buffers(), tensor))
-    return None if tensor is None else tensor.device
+    """The device of the teacher's modules, else the data's if they are a tensor; offloaded parameters are on none."""
+    devices = (tensor.device for tensor in tensors_of(denoiser) if not tensor.is_meta)
+    return next(devices, data.device if isinstance(data, Tensor) else None)
 
 
 class BatchConditions:

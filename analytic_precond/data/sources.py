@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from .._checks import check_finite, check_tensor, warn_caller
 from .._conditions import collated, rows_of
+from .._modules import modules_of, tensors_of
 from .batches import holds_images, look_like_samples, refuse_unclear
 
 Range = tuple[int, int]  # samples from one number to another, that one not included
@@ -284,16 +285,16 @@ _VALUES = 4096  # of each tensor in a fingerprint
 
 
 def digest(*tensors: Tensor) -> str:
-    """Return a fingerprint of tensors, of values spread over all of each."""
+    """Return a fingerprint of tensors, of values spread over all of each; on meta they have none."""
     result = hashlib.sha256()
     for x in tensors:
-        values = x.detach().flatten()[:: max(1, x.numel() // _VALUES)]
-        result.update(str((tuple(x.shape), x.dtype)).encode() + values.to("cpu", torch.float64).numpy().tobytes())
+        result.update(str((tuple(x.shape), x.dtype)).encode())
+        if not x.is_meta:
+            values = x.detach().flatten()[:: max(1, x.numel() // _VALUES)]
+            result.update(values.to("cpu", torch.float64).numpy().tobytes())
     return result.hexdigest()[:16]
 
 
 def weights_of(denoiser: object) -> str:
-    """Return a fingerprint of a module's parameters and buffers; nothing of other teachers."""
-    if not isinstance(denoiser, nn.Module):
-        return ""
-    return digest(*denoiser.parameters(), *denoiser.buffers())
+    """Return a fingerprint of the parameters and buffers of a teacher's modules; nothing of other teachers."""
+    return digest(*tensors_of(denoiser)) if modules_of(denoiser) else ""

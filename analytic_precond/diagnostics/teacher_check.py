@@ -18,16 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_count
 from .._conditions import Condition
+from .._modules import Wrapper
 from .._precision import wide_dtype
-from ..data.arguments import name_of
+from ..data.arguments import default_levels, name_of
 from ..data.memory import BatchSize, is_out_of_memory, largest_batch
 from ..data.sources import iterate_batches
 from ..estimation.estimate import estimate_statistics
-from ..noise_levels.grids import log_noise_levels
 from ..statistics.moments import PRECISIONS, Array, jackknife, reference
 from ..statistics.teacher_statistics import TeacherStatistics
 from ..teachers.denoiser import Denoiser
@@ -70,7 +70,8 @@ def check_teacher(
     Args:
         denoiser: The teacher, as for `estimate_statistics`.
         data: Clean data, as for `estimate_statistics`; visited twice, so not a generator.
-        levels: Decreasing noise levels, shape ``(K,)``. Default: 40 from 80 to 0.002; few levels make s_t inexact.
+        levels: Decreasing noise levels, shape ``(K,)``. Default: 40 from 80 to 0.002, inside what the
+            teacher knows; few levels make s_t inexact.
         num_samples: Noisy samples per level, at least 32.
         batch_size: Largest batch that the teacher sees, or ``"auto"``, as for `estimate_statistics`.
         seed: Seed of noise and data order. The global RNG is left as it was.
@@ -100,7 +101,7 @@ def check_teacher(
     if isinstance(data, Iterator):
         raise TypeError(f"data must be something to visit twice, got a {type(data).__name__}: pass list(data).")
     check_count(num_samples, 32, "num_samples", "Standard errors need groups of samples.")
-    levels = log_noise_levels(40) if levels is None else levels
+    levels = default_levels(denoiser, 40) if levels is None else levels
     name = name_of(denoiser, None)
     teacher = _AskedTwice(denoiser)
 
@@ -191,7 +192,7 @@ def _element_variance(data: object, num: int, batch_size: int, seed: int) -> flo
     return variance
 
 
-class _AskedTwice(nn.Module):
+class _AskedTwice(Wrapper):
     """The teacher, whose first answer is asked for twice and compared."""
 
     def __init__(self, denoiser: Denoiser) -> None:

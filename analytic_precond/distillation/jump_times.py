@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_choice, check_count, check_levels, check_positive, check_tensor, may_read
+from .._checks import all_true, check_choice, check_count, check_level, check_levels, check_positive, may_read
 from .._precision import wide_dtype
 from ..noise_levels.random_levels import check_destination, check_generator, check_ramp, draw, karras_level
+from ..students.consistency_models import default_range
 
 
 class JumpTimes(NamedTuple):
@@ -130,13 +131,14 @@ def sample_adjacent_times(batch: int, levels: Tensor, generator: torch.Generator
 
 def sample_continuous_times(
     batch: int,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
     rho: float = 7.0,
     generator: torch.Generator | None = None,
     *,
     max_span: float = 17 / 18,
     end: str = "uniform",
+    student: object = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> JumpTimes:
@@ -154,12 +156,14 @@ def sample_continuous_times(
 
     Args:
         batch: Number of samples B, at least 1.
-        sigma_min: Smallest noise level, positive.
-        sigma_max: Largest noise level, above ``sigma_min``.
+        sigma_min: Smallest noise level, positive. Default: the cleanest that ``student`` reaches, 0.002 without one.
+        sigma_max: Largest noise level, above ``sigma_min``. Default: the noisiest that ``student`` starts from, 80
+            without one.
         rho: Exponent of the ramp, positive.
         generator: Source of the random numbers. Default: torch's own.
         max_span: Largest share of the ramp between t and u, above 0 and at most 1.
         end: How s is drawn: ``"uniform"``, or ``"smallest"`` for ``sigma_min``.
+        student: Whose jumps the times are for, alone or inside a wrapper.
         device: Where the times end. Default: the generator's device, or torch's default one.
         dtype: ``torch.float32`` or ``torch.float64``; in float64 the whole training step would become float64.
 
@@ -176,6 +180,8 @@ def sample_continuous_times(
         True
     """
     check_count(batch, 1, "batch", "Pass len(x).")
+    cleanest, noisiest = default_range(student)
+    sigma_min, sigma_max = cleanest if sigma_min is None else sigma_min, noisiest if sigma_max is None else sigma_max
     check_ramp(sigma_min, sigma_max, rho)
     check_positive(max_span, "max_span")
     if max_span > 1:
@@ -214,7 +220,7 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
         b: Steepness of the sigmoid, positive.
 
     Returns:
-        The noise levels r, ``0 <= r < t``. Shape and dtype of ``t`` (float32 for half precision).
+        The noise levels r, ``0 <= r < t``. Shape and dtype of ``t``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -225,7 +231,7 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
         >>> ect_target_times(torch.tensor([1.0, 80.0]))  # at stage 0, r = 0 up to ln 7
         tensor([ 0., 40.])
     """
-    check_tensor(t, "t")
+    check_level(t, "t")
     check_count(stage, 0, "stage")
     check_positive(q, "q")
     check_positive(b, "b")
@@ -236,14 +242,13 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
     valid = (t > 0) & (t < torch.inf)
     if all_true(valid) is False:
         raise ValueError(f"t must be positive finite noise levels, got {t[~valid][0].item()}: pass sigma, not indices.")
-    dtype = torch.promote_types(t.dtype, torch.float32)
     decay = float(q) ** -(stage + 1)
-    if decay < torch.finfo(dtype).eps:
-        raise ValueError(f"stage must leave r below t in {dtype}, got stage {stage} with q = {q}: stop earlier.")
+    if decay < torch.finfo(t.dtype).eps:
+        raise ValueError(f"stage must leave r below t in {t.dtype}, got stage {stage} with q = {q}: stop earlier.")
 
     wide = t.to(wide_dtype(t.device))
     ratio = 1 - decay * (1 + k * torch.sigmoid(-b * wide))
-    return (wide * ratio.clamp(min=0)).to(dtype)
+    return (wide * ratio.clamp(min=0)).to(t.dtype)
 
 
 def _below(bound: Tensor, uniform: Tensor) -> Tensor:
@@ -253,7 +258,7 @@ def _below(bound: Tensor, uniform: Tensor) -> Tensor:
 
 def _check_grid(levels: object) -> None:
     """Refuse what is not a grid; its values are looked at on the CPU only, where that stalls nothing."""
-    check_tensor(levels, "levels")
+    check_level(levels, "levels")
     assert isinstance(levels, Tensor)
     if may_read(levels):
         check_levels(levels)

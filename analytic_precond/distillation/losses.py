@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_positive, check_tensor
+from .._checks import all_true, check_level, check_positive, check_tensor
 from .._conditions import Condition
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to
 from ..ode.solve import heun_solve, heun_solve_between
+from ..students.consistency_models import default_range
 from ..teachers.denoiser import Denoiser
 from .distances import squared_error
 from .jump_times import JumpTimes
@@ -124,7 +125,8 @@ def trajectory_distillation_loss(
 
     - ``inner``: What jumps from u to s on the target's side, without gradient. Default: ``target``. sony/ctm takes the
       student itself, and its average for the jumps to $\varepsilon$ only.
-    - ``sigma_min``: The level at which both sides are compared. Default: the last of the times' grid, or 0.002.
+    - ``sigma_min``: The level at which both sides are compared. Default: the last of the times' grid, else the
+      cleanest that the student reaches, 0.002 where it does not say.
 
     Returns:
         The loss and its terms.
@@ -144,7 +146,9 @@ def trajectory_distillation_loss(
     if sigma_min is not None:
         check_positive(sigma_min, "sigma_min")
     t, u, s, x_t, x_u = _points(denoiser, x_0, noise, times, num_steps, condition)
-    last = times.levels[-1] if sigma_min is None and times.levels is not None else sigma_min or 0.002
+    last: Tensor | float = default_range(student)[0] if sigma_min is None else sigma_min
+    if sigma_min is None and times.levels is not None:
+        last = times.levels[-1]
     end = place(last, s.device, s.dtype).expand_as(s).minimum(s)  # float32 grids end at 0.0019999996
     passes = StudentPasses(condition, share_dropout)
 
@@ -219,7 +223,7 @@ def _check(
         )
     t, u, s = times.t, times.u, times.s
     for name, level in (("t", t), ("u", u), ("s", s)):
-        check_tensor(level, f"times.{name}")
+        check_level(level, f"times.{name}")
         if level.shape != x_0.shape[:1]:
             raise ValueError(f"times.{name} must have shape {tuple(x_0.shape[:1])}, got {tuple(level.shape)}.")
     if num_steps is not None and times.levels is not None and times.t_index is not None:

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_choice, check_count, check_levels
+from .._checks import check_choice, check_count
 from .._conditions import Condition
 from .._precision import wide_dtype
-from ..data.arguments import BatchConditions, check_request, device_of, name_of, warn_if_training
+from ..data.arguments import BatchConditions, check_request, device_of, levels_for, name_of, warn_if_training
 from ..data.memory import BatchSize, largest_batch
 from ..data.processes import processes
 from ..data.sources import open_source, pair_noise, weights_of
-from ..noise_levels.grids import log_noise_levels
 from ..statistics.moments import MOMENTS
 from ..statistics.teacher_statistics import L_METHODS, S_METHODS, TeacherStatistics
 from ..teachers.denoiser import Denoiser
@@ -64,7 +63,8 @@ def estimate_statistics(
         data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset (or what else has a length and an
             index), a DataLoader or an iterable of batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused
             with new noise where it is short.
-        levels: Decreasing noise levels, shape ``(K,)``. Default: `log_noise_levels` (120 from 80 to 0.002).
+        levels: Decreasing noise levels, shape ``(K,)``. Default: `log_noise_levels` (120 from 80 to 0.002), inside
+            what the teacher knows (`NetworkDenoiser.noise_range`). Levels outside that give a warning.
         num_samples: Noisy samples per level, two for each clean one; an odd one is left out.
         batch_size: Largest batch that the teacher sees; several levels share a call where the data's are small.
             ``"auto"`` begins at 256 and halves it where memory runs out. It does not change the result, beyond
@@ -110,8 +110,7 @@ def estimate_statistics(
     with processes() as together:
         if not callable(denoiser):
             raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
-        levels = log_noise_levels() if levels is None else levels
-        check_levels(levels)
+        levels = levels_for(denoiser, levels, 120)
         check_count(num_samples, 2, "num_samples", "Samples come in pairs x_0 + t n, x_0 - t n.")
         if intercept:
             check_count(num_samples, 4, "num_samples", "An intercept needs two pairs.")

@@ -66,7 +66,8 @@ class FittedPreconditioning(Preconditioning):
             data: Clean data in the teacher's range: a tensor ``(N, ...)``, a Dataset, a DataLoader or an iterable of
                 batches. A batch is a tensor or a tuple ``(x, label, ...)``. Reused with new noise where it is short.
             levels: Decreasing noise levels to regress at, shape ``(K,)``, which are also the steps of the ODE; jumps
-                between any others are interpolated. Default: 40 from 80 to 0.002, uniform in lambda.
+                between any others are interpolated. Default: 40 from 80 to 0.002, uniform in lambda, inside what the
+                teacher knows (`NetworkDenoiser.noise_range`). Levels outside that give a warning.
             num_trajectories: Number of trajectories.
             batch_size: Largest batch that the teacher sees. ``"auto"`` begins at 256 and halves it where memory runs
                 out. It does not change the result, beyond rounding.

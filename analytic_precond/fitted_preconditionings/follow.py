@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_count, check_levels, check_positive
+from .._checks import check_count, check_positive
 from .._conditions import Condition
 from .._files import sample_shape_of
-from .._precision import network_dtype, wide_dtype
-from ..data.arguments import BatchConditions, check_request, device_of, name_of, warn_if_training
+from .._modules import network_dtype
+from .._precision import wide_dtype
+from ..data.arguments import BatchConditions, check_request, device_of, levels_for, name_of, warn_if_training
 from ..data.memory import BatchSize, Pieces
 from ..data.sources import Batch, iterate_batches, pair_noise
-from ..noise_levels.grids import log_noise_levels
 from ..ode.trajectories import PASSES_PER_STEP, Start, trajectory
 from ..teachers.denoiser import Denoiser
 
@@ -154,8 +154,7 @@ def fit_run(
     """Check what `FittedPreconditioning.fit` is asked for, read the first batch, and seed torch while the fit lasts."""
     if not callable(denoiser):
         raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
-    levels = log_noise_levels(_NUM_LEVELS) if levels is None else levels
-    check_levels(levels)
+    levels = levels_for(denoiser, levels, _NUM_LEVELS)
     check_count(num_trajectories, 1, "num_trajectories")
     check_positive(sigma_data, "sigma_data")
     check_request(batch_size, seed, condition, description)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .._conditions import Condition
 from .._precision import place
+from ..data.arguments import default_levels
 from ..data.memory import BatchSize
 from ..interpolation.spline_table import SplineTable
-from ..noise_levels.grids import log_noise_levels
 from ..teachers.denoiser import Denoiser
 from .fitted import FitFile, FittedPreconditioning
 from .follow import FitHeader, FitRun
@@ -92,15 +92,15 @@ class ShiftedPreconditioning(FittedPreconditioning):
         Args:
             levels: Decreasing noise levels to regress at. Neighbours are at most a factor of 2 apart, and at least one
                 of 1.05: coarser tables are not accurate between the levels, finer ones ill-conditioned. Default: 20
-                from 80 to 0.002, uniform in lambda.
+                from 80 to 0.002, uniform in lambda, inside what the teacher knows.
             sigma_data: Standard deviation of the data: the same as the student's, who scales by it.
 
         Returns:
             The preconditioning, on the CPU, for jumps between ``levels[0]`` and ``levels[-1]``.
         """
         return super().fit(
-            denoiser, data, log_noise_levels(_NUM_LEVELS) if levels is None else levels, num_trajectories, batch_size,
-            seed, sigma_data, progress, condition=condition, device=device, description=description,
+            denoiser, data, default_levels(denoiser, _NUM_LEVELS) if levels is None else levels, num_trajectories,
+            batch_size, seed, sigma_data, progress, condition=condition, device=device, description=description,
         )  # fmt: skip
 
     @classmethod
@@ -123,7 +123,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
         t, s, valid = self._levels(place(t, self._device, t.dtype), s)
         rate = self.shift(t, s)[0].clamp(0, 1)
         q = t * (-rate * ((t - s) / s).log1p()).exp()
-        return (q if valid is None else torch.where(valid, q, torch.nan)).to(torch.promote_types(dtype, torch.float32))
+        return (q if valid is None else torch.where(valid, q, torch.nan)).to(dtype)
 
     def _own_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {}, {"shift": self.shift.state_dict()["control"]}  # in float64, whatever the device computes with

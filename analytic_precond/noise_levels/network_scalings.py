@@ -1,8 +1,8 @@
 r"""What a raw network is given at a noise level: EDM's scalings, which make a denoiser of it, and how it is told t.
 
 What it is told are functions $t \mapsto c_{noise}$, elementwise on a tensor of levels. They are computed in the levels'
-own dtype, as the published codes do, but at least in float32, and returned so: half precision cannot tell neighbouring
-levels apart, and neither can a network to which the result is cast before its embedding.
+own dtype, as the published codes do, and returned so. Half precision is refused: it cannot tell neighbouring levels
+apart, and neither can a network to which the result is cast before its embedding.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_positive, check_tensor
+from .._checks import check_level, check_positive
 from .._precision import wide_dtype
 
 
@@ -58,13 +58,13 @@ class EDMPreconditioning:
         self.sigma_data = float(sigma_data)
 
     def __call__(self, t: Tensor) -> DenoiserScalings:
-        """Return the four coefficients at noise levels ``t``, in its shape and dtype (at least float32)."""
-        check_tensor(t, "t")
+        """Return the four coefficients at noise levels ``t``, in its shape and dtype."""
+        check_level(t, "t")
         wide = t.to(wide_dtype(t.device))
         total = wide**2 + self.sigma_data**2
         c_in = total.rsqrt()
         scalings = (self.sigma_data**2 / total, wide * self.sigma_data * c_in, c_in, wide.log() / 4)
-        return DenoiserScalings(*(c.to(torch.promote_types(t.dtype, torch.float32)) for c in scalings))
+        return DenoiserScalings(*(c.to(t.dtype) for c in scalings))
 
 
 def edm_c_noise(t: Tensor) -> Tensor:
@@ -74,7 +74,8 @@ def edm_c_noise(t: Tensor) -> Tensor:
         >>> edm_c_noise(torch.tensor([1.0, 80.0]))
         tensor([0.0000, 1.0955])
     """
-    return _at_least_float32(t).log() / 4
+    check_level(t, "t")
+    return t.log() / 4
 
 
 def cm_c_noise(t: Tensor) -> Tensor:
@@ -87,7 +88,8 @@ def cm_c_noise(t: Tensor) -> Tensor:
         >>> cm_c_noise(torch.tensor([1.0, 80.0]))
         tensor([   0.0000, 1095.5067])
     """
-    return 250.0 * (_at_least_float32(t) + 1e-44).log()
+    check_level(t, "t")
+    return 250.0 * (t + 1e-44).log()
 
 
 def raw_c_noise(t: Tensor) -> Tensor:
@@ -97,7 +99,8 @@ def raw_c_noise(t: Tensor) -> Tensor:
         >>> raw_c_noise(torch.tensor([1.0, 80.0]))
         tensor([ 1., 80.])
     """
-    return _at_least_float32(t)
+    check_level(t, "t")
+    return t
 
 
 def trigflow_c_noise(t: Tensor, sigma_data: float = 0.5) -> Tensor:
@@ -110,15 +113,11 @@ def trigflow_c_noise(t: Tensor, sigma_data: float = 0.5) -> Tensor:
         tensor([0.0000, 0.7854])
     """
     check_positive(sigma_data, "sigma_data")
-    return (_at_least_float32(t) / sigma_data).atan()
+    check_level(t, "t")
+    return torch.atan(t / sigma_data)
 
 
 NOISE_CONDITIONINGS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"edm": edm_c_noise, "cm": cm_c_noise, "raw": raw_c_noise, "trigflow": trigflow_c_noise}
 )
 """The functions by name. The student's ``noise_conditioning`` takes any of them, or any other."""
-
-
-def _at_least_float32(t: Tensor) -> Tensor:
-    check_tensor(t, "t")
-    return t.to(torch.promote_types(t.dtype, torch.float32))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_tensor
+from .._checks import all_true, check_level, check_tensor
 from .._precision import place
 
 
@@ -35,7 +35,7 @@ def expand_to(t: Tensor, x: Tensor) -> Tensor:
 
 
 def one_per_sample(level: Tensor | float, x: Tensor, name: str = "t") -> Tensor:
-    """Return one level per sample on ``x``'s device. Shape ``(B,)``; their own dtype, float32 at least."""
+    """Return one level per sample on ``x``'s device. Shape ``(B,)``, their own dtype."""
     if isinstance(level, int):
         raise TypeError(
             f"{name} must be a float or a floating-point tensor, got {level}: write 80.0 for a level of 80; write "
@@ -43,11 +43,12 @@ def one_per_sample(level: Tensor | float, x: Tensor, name: str = "t") -> Tensor:
         )
     if isinstance(level, float):  # filled on the device: a copy would wait for it
         return place(level, x.device, torch.float64).expand(x.shape[:1])
+    check_level(level, name)
     column = _expanded(level, x, name)
     if column.shape[1:].numel() != 1:
         raise ValueError(f"{name} must hold one noise level per sample, got shape {tuple(level.shape)}.")
     values = column.reshape(column.shape[:1])
-    return place(values, x.device, torch.promote_types(level.dtype, torch.float32)).expand(x.shape[:1])
+    return place(values, x.device, level.dtype).expand(x.shape[:1])
 
 
 def per_sample(level: Tensor | float, x: Tensor, name: str, *, zero: bool = False) -> Tensor:

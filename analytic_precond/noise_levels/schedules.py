@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_positive, check_tensor
+from .._checks import check_level, check_positive
 from .._precision import wide_dtype
 
 
@@ -65,6 +65,11 @@ class Schedule(ABC):
     @abstractmethod
     def time(self, noise_level: Tensor) -> Tensor:
         """Return the time at which sigma / alpha is ``noise_level``."""
+
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest noise level that a network was trained at; None if the schedule does not say."""
+        return None
 
     def noise_level(self, time: Tensor) -> Tensor:
         """Return sigma / alpha."""
@@ -201,6 +206,6 @@ class TrigFlowSchedule(Schedule):
 
 
 def wide(value: Tensor, name: str) -> Tensor:
-    """Return a time or noise level in the widest dtype of its device, checked to be a floating-point tensor."""
-    check_tensor(value, name)
+    """Return a time or noise level, checked to be one, in the widest dtype of its device."""
+    check_level(value, name)
     return value.to(wide_dtype(value.device))

@@ -187,6 +187,12 @@ class VPDiscreteSchedule(_VariancePreserving):
         object.__setattr__(self, "alphas_cumprod", table)
         object.__setattr__(self, "_log_table", 0.5 * ((-table).log1p() - table.log()))
 
+    @property
+    def noise_range(self) -> tuple[float, float]:
+        """The noise levels of the table's ends, from 0.029 to 14.6 for Stable Diffusion's."""
+        lowest, *_, highest = self._log_table.exp().tolist()  # type: ignore[attr-defined]
+        return lowest, highest
+
     def noise_level(self, time: Tensor) -> Tensor:
         """Return the noise level of a time."""
         tau, log_levels = wide(time, "time"), self._log_levels(time)

@@ -1,10 +1,10 @@
 r"""One step along the teacher's probability-flow ODE, $dx/dt = (x - D(x, t)) / t$, by Euler's or Heun's method.
 
 Steps go either way: towards the data (s < t) or towards the noise (s > t). Level arithmetic is done in float64, the
-rest in float32 or wider. The teacher is called in its own dtype: that of its parameters, or of ``x`` where it has none;
-a `NetworkDenoiser`, which casts by itself, gets ``x`` in float32 or wider. Any other half-precision teacher is told t
-in half precision, too, which cannot tell neighbouring levels apart: make a `NetworkDenoiser` of it. Everything is
-differentiable: where no gradients are wanted, as in a distillation target, call under `torch.no_grad`.
+rest in float32 or wider. The teacher is called in its own dtype (`NetworkDtype`), or ``x``'s where it has none; a
+`NetworkDenoiser` or a student, which cast by themselves, get ``x`` in float32 or wider. Any other half-precision
+teacher is told t in half precision, too, which cannot tell neighbouring levels apart: make a `NetworkDenoiser` of it.
+Everything is differentiable: where no gradients are wanted, as in a distillation target, call under `torch.no_grad`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .._checks import check_tensor
 from .._conditions import Condition, plain
-from .._precision import network_dtype
+from .._modules import modules_of, network_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
-from ..teachers.denoiser import Denoiser, modules_of
+from ..students.consistency_models import Student
+from ..teachers.denoiser import Denoiser
 from ..teachers.networks import NetworkDenoiser
 
 
@@ -135,7 +136,8 @@ class Velocity:
         check_tensor(x, "x")
         if x.ndim == 0:
             raise ValueError("x must be a batch of shape (B, ...), got shape (): add dimensions.")
-        if any(isinstance(module, NetworkDenoiser) for module in modules_of(denoiser)):  # guided and compiled ones too
+        # what casts by itself, also inside a guided denoiser or a compiled one
+        if any(isinstance(module, NetworkDenoiser | Student) for module in modules_of(denoiser)):
             return Velocity(denoiser, torch.promote_types(x.dtype, torch.float32), condition)
         return Velocity(denoiser, network_dtype(denoiser, x.dtype), condition)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_positive, check_tensor
+from .._checks import all_true, check_level, check_positive, check_tensor
 from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
 from ..noise_levels.per_sample import expand_to, one_per_sample
@@ -37,8 +37,8 @@ class Preconditioning(FixedPrecisionModule):
     """Base of all preconditionings: checks, dtypes and the jump around a subclass's `coefficients`.
 
     Noise levels are floats or floating-point tensors that broadcast against each other, with ``s <= t`` inside the
-    preconditioning's range, to float32 rounding. Where looking at the values would stall the device (off the CPU) or
-    break a graph (torch.compile, torch.vmap), levels out of range give NaN instead of an error.
+    preconditioning's range, to float32 rounding, and finite. Where looking at the values would stall the device (off
+    the CPU) or break a graph (torch.compile, torch.vmap), levels out of range give NaN instead of an error.
 
     One layout throughout: coefficients have the shape ``(*levels, *coefficient_shape)``. A subclass that has more than
     one pair per jump says its shape, and in `_to_modes` and `_from_modes` what they multiply if not x itself.
@@ -66,6 +66,11 @@ class Preconditioning(FixedPrecisionModule):
         return 0.0
 
     @property
+    def default_range(self) -> tuple[float, float]:
+        """The cleanest and the noisiest level where none are given: EDM's 0.002 and 80 in place of 0 and infinity."""
+        return self.sigma_min or 0.002, self.sigma_max if self.sigma_max < math.inf else 80.0
+
+    @property
     def coefficient_shape(self) -> tuple[int, ...]:
         """The coefficients' shape at one pair of levels: of a sample or its modes; ``()`` where one pair serves all."""
         return ()
@@ -87,11 +92,11 @@ class Preconditioning(FixedPrecisionModule):
 
         Returns:
             The coefficients in the broadcast shape, computed in float64 (float32 where a device has none) and returned
-            in the levels' dtype (float32 for half-precision levels).
+            in the levels' dtype.
         """
         c_skip, c_out = self._wide(t, s)
         dtypes = [level.dtype for level in (t, s) if isinstance(level, Tensor)] or [torch.float64]
-        dtype = torch.promote_types(torch.promote_types(dtypes[0], dtypes[-1]), torch.float32)
+        dtype = torch.promote_types(dtypes[0], dtypes[-1])
         if dtype == torch.float64:
             dtype = wide_dtype(c_out.device)
         return Scalings(c_skip.to(dtype), c_out.to(dtype))
@@ -143,6 +148,7 @@ class Preconditioning(FixedPrecisionModule):
             The denoiser's input and its noise level.
         """
         level = t if isinstance(t, Tensor) else place(t, x_t.device, torch.promote_types(x_t.dtype, torch.float32))
+        check_level(level, "t")
         if not self.told_lower_level:
             return x_t, level
         q = self.network_level(level, s)
@@ -248,7 +254,7 @@ class Preconditioning(FixedPrecisionModule):
         device = None
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):
-                check_tensor(level, name)
+                check_level(level, name)
                 device = device or level.device
             elif not isinstance(level, float):
                 raise TypeError(
@@ -262,13 +268,15 @@ class Preconditioning(FixedPrecisionModule):
             shapes = " and ".join(str(tuple(level.shape)) for level in wide)
             raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
         low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
-        valid = (there <= here * (1 + ROUNDING)) & (there >= low) & (here <= high) & (here > 0)
+        valid = (there <= here * (1 + ROUNDING)) & (there >= low) & (here <= high) & (here > 0) & (here < math.inf)
         all_valid = all_true(valid)
         if all_valid is False:
             index = int((~valid).flatten().nonzero()[0])
             t_bad, s_bad = here.flatten()[index].item(), there.flatten()[index].item()
             inside = self.sigma_min <= s_bad and t_bad <= self.sigma_max
             advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
+            if t_bad == math.inf:
+                advice = "pure noise has no finite level, start at the sigma_max of the schedule, e.g. 80"
             raise ValueError(
                 f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
                 f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."

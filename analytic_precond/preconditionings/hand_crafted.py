@@ -121,6 +121,11 @@ class CMPreconditioning(Preconditioning):
         """The level that all jumps reach."""
         return self._sigma_min
 
+    @property
+    def default_range(self) -> tuple[float, float]:
+        """The level that all jumps reach, and 80."""
+        return self.sigma_min, 80.0
+
     if TYPE_CHECKING:
 
         def __call__(self, t: Tensor | float, s: Tensor | float | None = None) -> Scalings: ...  # noqa: D102
@@ -148,7 +153,7 @@ class CMPreconditioning(Preconditioning):
         """Return ``s`` or else ``sigma_min``; a float becomes what ``t``'s dtype makes of it: an exact boundary."""
         s = self.sigma_min if s is None else s
         if isinstance(t, Tensor) and isinstance(s, float):
-            return torch.full((), s, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
+            return torch.full((), s, dtype=t.dtype, device=t.device)
         return s
 
     def _reached(self, s: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 from numbers import Integral, Real
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._checks import check_not_negative
-from ..preconditionings.base import ROUNDING, Preconditioning
+from .._checks import check_level, check_not_negative
+from ..preconditionings.base import ROUNDING
+from ..students.consistency_models import ConsistencyModel, student_behind
 
 Levels = Tensor | Sequence[float] | Sequence[int]
 
@@ -88,11 +89,10 @@ def check_jumps(student: object, jumps: Sequence[tuple[float, float]]) -> None:
     """
     if not callable(student):
         raise TypeError(f"student must be callable as student(x, t, s), got {type(student).__name__}.")
-    precond = getattr(student, "precond", None)
-    if not isinstance(precond, Preconditioning):
-        inner = getattr(student, "module", None)  # of AveragedModel, DistributedDataParallel
-        return check_jumps(inner, jumps) if isinstance(inner, nn.Module) else None
-    only = getattr(student, "sigma_min", None)  # of ConsistencyModel
+    found = student_behind(student)
+    if found is None:
+        return
+    precond, only = found.precond, found.sigma_min if isinstance(found, ConsistencyModel) else None
     for t, s in jumps:
         if only is not None and abs(s - only) > ROUNDING * only:
             raise ValueError(
@@ -115,6 +115,8 @@ def _numbers(values: Levels, name: str) -> list[float]:
     if isinstance(values, Tensor):
         if values.ndim != 1:
             raise ValueError(f"{name} must be 1-D, got a tensor of shape {tuple(values.shape)}: flatten it.")
+        if values.is_floating_point():  # else they are indices
+            check_level(values, name)
         values = values.tolist()
     try:
         numbers = list(values)

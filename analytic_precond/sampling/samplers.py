@@ -6,8 +6,8 @@ data in ``x``'s dtype. A student is a `ConsistencyModel`, a `ConsistencyTrajecto
 or any function. Call its ``eval()`` first; gradients are off.
 
 ``levels`` are noise levels, or indices into a ``grid``, in either order (`resolve_levels`); a final 0 stands for
-``sigma_min``. A sample depends neither on the batch size nor on the rest of the batch, as far as the network keeps to
-that (`draw_noise`).
+``sigma_min``, by default the cleanest level that the student reaches. A sample depends neither on the batch size nor on
+the rest of the batch, as far as the network keeps to that (`draw_noise`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .._checks import check_reached, check_tensor
 from .._conditions import plain
+from ..students.consistency_models import default_range
 from .levels import Levels, check_jumps, is_cleanest, resolve_levels
 from .noise import Generators, noise_source
 
@@ -59,15 +60,19 @@ class _Jump(NamedTuple):
 
 
 def sample_one_step(
-    student: Callable[..., Tensor], x: Tensor, t: float = 80.0, sigma_min: float = 0.002, **condition: Any
+    student: Callable[..., Tensor],
+    x: Tensor,
+    t: float | None = None,
+    sigma_min: float | None = None,
+    **condition: Any,
 ) -> Tensor:
     """Jump from ``t`` to ``sigma_min``.
 
     Args:
         student: Called as ``student(x, t, s, **condition)``.
         x: Noise at level ``t``. Shape ``(B, ...)``.
-        t: Noise level of ``x``.
-        sigma_min: The level to reach.
+        t: Noise level of ``x``. Default: the noisiest that the student's jumps start from, 80 where it does not say.
+        sigma_min: The level to reach. Default: the cleanest that the student reaches, 0.002 where it does not say.
         **condition: Handed to the student.
 
     Returns:
@@ -82,7 +87,8 @@ def sample_one_step(
         >>> sample_one_step(student, torch.tensor([[80.0]]), sigma_min=1.0)
         tensor([[1.]])
     """
-    (start,) = resolve_levels([t], sigma_min=sigma_min)
+    sigma_min = _cleanest(student, sigma_min)
+    (start,) = resolve_levels([default_range(student)[1] if t is None else t], sigma_min=sigma_min)
     return _run(student, x, [_Jump(start, sigma_min, None)], condition)
 
 
@@ -92,7 +98,7 @@ def sample_multistep(
     levels: Levels,
     *,
     grid: Levels | None = None,
-    sigma_min: float = 0.002,
+    sigma_min: float | None = None,
     subtract_sigma_min: bool = True,
     generator: Generators = None,
     noise: Tensor | None = None,
@@ -111,7 +117,7 @@ def sample_multistep(
         x: Noise at the noisiest level. Shape ``(B, ...)``.
         levels: Noise levels to jump from, or their indices into ``grid``. In either order.
         grid: Noise levels that indices refer to.
-        sigma_min: The level to reach.
+        sigma_min: The level to reach. Default: the cleanest that the student reaches, 0.002 where it does not say.
         subtract_sigma_min: False for ECT's $t_{i+1}\, z$.
         generator: For z: one generator per sample, or one from which they are seeded; torch's default by default.
         noise: The draws of z instead, one for each jump but the last. Shape ``(K, B, ...)``.
@@ -132,6 +138,7 @@ def sample_multistep(
         >>> sample_multistep(student, x, [80.0, 5.0], sigma_min=3.0, noise=torch.ones(1, 1, 1))  # (3 + 4) 3/5
         tensor([[4.2000]])
     """
+    sigma_min = _cleanest(student, sigma_min)
     starts = [level for level in resolve_levels(levels, grid, sigma_min) if not is_cleanest(level, sigma_min)]
     removed = sigma_min if subtract_sigma_min else 0.0
     added: list[float | None] = [math.sqrt(u**2 - removed**2) for u in starts[1:]]
@@ -146,7 +153,7 @@ def sample_gamma(
     gamma: float,
     *,
     grid: Levels | None = None,
-    sigma_min: float = 0.002,
+    sigma_min: float | None = None,
     generator: Generators = None,
     noise: Tensor | None = None,
     callback: Callback | None = None,
@@ -167,7 +174,7 @@ def sample_gamma(
         levels: At least two noise levels, or their indices into ``grid``. In either order.
         gamma: How much noise is new, from 0 to 1.
         grid: Noise levels that indices refer to.
-        sigma_min: The cleanest level, which a final 0 stands for.
+        sigma_min: The cleanest level, which a final 0 stands for. Default: as for `sample_multistep`.
         generator: For z: one generator per sample, or one from which they are seeded; torch's default by default.
         noise: The draws of z instead, one for each level after the first and above ``sigma_min``, whatever $\gamma$.
             Shape ``(K, B, ...)``.
@@ -192,6 +199,7 @@ def sample_gamma(
         raise TypeError(f"gamma must be a number, got {gamma!r} ({type(gamma).__name__}).")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be from 0 (deterministic) to 1 (all noise is new), got {gamma}.")
+    sigma_min = _cleanest(student, sigma_min)
     kept = math.sqrt(1 - gamma**2)
     jumps = []
     for t, u in pairwise(_route(levels, grid, sigma_min)):
@@ -207,7 +215,7 @@ def sample_deterministic(
     levels: Levels,
     *,
     grid: Levels | None = None,
-    sigma_min: float = 0.002,
+    sigma_min: float | None = None,
     callback: Callback | None = None,
     progress: bool = False,
     **condition: Any,
@@ -221,7 +229,7 @@ def sample_deterministic(
         x: Noise at the noisiest level. Shape ``(B, ...)``.
         levels: At least two noise levels, or their indices into ``grid``. In either order.
         grid: Noise levels that indices refer to.
-        sigma_min: The cleanest level, which a final 0 stands for.
+        sigma_min: The cleanest level, which a final 0 stands for. Default: as for `sample_multistep`.
         callback: Called with a `SamplingStep` after each jump.
         progress: Show a progress bar.
         **condition: Handed to the student.
@@ -238,8 +246,12 @@ def sample_deterministic(
         >>> sample_deterministic(student, torch.tensor([[80.0]]), [80.0, 5.0, 0.5])
         tensor([[0.5000]])
     """
-    jumps = [_Jump(t, s, None) for t, s in pairwise(_route(levels, grid, sigma_min))]
+    jumps = [_Jump(t, s, None) for t, s in pairwise(_route(levels, grid, _cleanest(student, sigma_min)))]
     return _run(student, x, jumps, condition, callback=callback, progress=progress)
+
+
+def _cleanest(student: object, sigma_min: float | None) -> float:
+    return default_range(student)[0] if sigma_min is None else sigma_min
 
 
 def _route(levels: Levels, grid: Levels | None, sigma_min: float) -> list[float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._checks import all_true, check_not_negative
 from .._conditions import plain
-from .._precision import network_dtype
+from .._modules import NetworkWrapper
 from ..noise_levels.network_scalings import EDMPreconditioning
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..preconditionings.base import ROUNDING, Preconditioning
@@ -25,7 +25,7 @@ from ..preconditionings.base import ROUNDING, Preconditioning
 NoiseConditioning = Callable[[Tensor], Tensor]
 
 
-class Student(nn.Module):
+class Student(NetworkWrapper):
     """What all students share: the denoiser around the network."""
 
     def __init__(
@@ -35,9 +35,9 @@ class Student(nn.Module):
         sigma_data: float = 0.5,
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
-        super().__init__()
         if not callable(network):
             raise TypeError(f"network must be callable, got {type(network).__name__}: pass an nn.Module.")
+        super().__init__(network)
         if not isinstance(precond, Preconditioning):
             raise TypeError(
                 f"precond must be a Preconditioning, got {type(precond).__name__}: for example "
@@ -53,7 +53,6 @@ class Student(nn.Module):
                 f"sigma_data must be {precond.sigma_data:g}, the preconditioning's, which scales the input by "
                 f"it, got {sigma_data:g}: fit it again with the student's."
             )
-        self.network = network
         self.precond = precond
         self.edm = EDMPreconditioning(sigma_data)
         self.noise_conditioning = noise_conditioning
@@ -63,6 +62,11 @@ class Student(nn.Module):
         def __call__(  # noqa: D102
             self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any
         ) -> Tensor: ...
+
+    @property
+    def default_range(self) -> tuple[float, float]:
+        """The cleanest and the noisiest level of the student's jumps where none are given."""
+        return self.precond.default_range
 
     def _denoiser(self, x: Tensor, *levels: Tensor, **condition: Any) -> Tensor:
         """Return D in float32 or wider, for one or two levels per sample, the first of them x's own."""
@@ -75,9 +79,9 @@ class Student(nn.Module):
         else:
             c_noise = [edm.c_noise, *(self.edm(t).c_noise for t in levels[1:])]
 
-        dtype = network_dtype(self.network, x.dtype)
+        dtype = self._network_dtype(x.dtype)
         told = torch.promote_types(dtype, torch.float32)  # float64 grids must not reach a float32 network's embedding
-        output = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **plain(condition))
+        output: Tensor = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **plain(condition))
         if output.shape != x.shape:
             raise ValueError(
                 f"the network must return x's shape {tuple(x.shape)}, got {tuple(output.shape)}: drop extra channels, "
@@ -144,7 +148,8 @@ class ConsistencyModel(Student):
         network: The raw network F.
         precond: The jump's preconditioning on the denoiser.
         sigma_data: Standard deviation of the data.
-        sigma_min: The level that all jumps reach; 0 where the preconditioning reaches it.
+        sigma_min: The level that all jumps reach; 0 where the preconditioning reaches it. Default: the cleanest one
+            that the preconditioning was made for, 0.002 if it was made for any.
         noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
 
     Raises:
@@ -163,12 +168,18 @@ class ConsistencyModel(Student):
         network: Callable[..., Tensor],
         precond: Preconditioning,
         sigma_data: float = 0.5,
-        sigma_min: float = 0.002,
+        sigma_min: float | None = None,
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
         super().__init__(network, precond, sigma_data, noise_conditioning)
+        sigma_min = precond.default_range[0] if sigma_min is None else sigma_min
         check_not_negative(sigma_min, "sigma_min")  # 0 is what ECT's training jumps reach
         self.sigma_min = float(sigma_min)
+
+    @property
+    def default_range(self) -> tuple[float, float]:
+        """The level that all jumps reach, and the noisiest one to start from."""
+        return self.sigma_min, self.precond.default_range[1]
 
     def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
         """Jump from ``t`` to ``sigma_min`` in one call of the network.
@@ -201,3 +212,16 @@ class ConsistencyModel(Student):
                 f"{s[~reached][0].item():.9g}: leave s out, or take a ConsistencyTrajectoryModel."
             )
         return torch.where(reached, s, torch.nan)
+
+
+def student_behind(student: object) -> Student | None:
+    """Return the student inside wrappers (averaged, parallel, compiled); None of any other callable."""
+    while isinstance(student, nn.Module) and not isinstance(student, Student):
+        student = getattr(student, "module", getattr(student, "_orig_mod", None))
+    return student if isinstance(student, Student) else None
+
+
+def default_range(student: object) -> tuple[float, float]:
+    """Return the cleanest and the noisiest level where none are given: a student's own, else 0.002 and 80."""
+    found = student_behind(student)
+    return (0.002, 80.0) if found is None else found.default_range

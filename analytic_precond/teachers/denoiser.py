@@ -2,10 +2,9 @@ r"""The teacher: one interface for every trained diffusion model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @runtime_checkable
@@ -20,8 +19,3 @@ class Denoiser(Protocol):
 
     def __call__(self, x: Tensor, t: Tensor, /, *args: Any, **condition: Any) -> Tensor:
         """Return the estimate of the clean data."""
-
-
-def modules_of(denoiser: Denoiser) -> Iterable[nn.Module]:
-    """Return a teacher's modules, itself among them; none of a function."""
-    return denoiser.modules() if isinstance(denoiser, nn.Module) else ()

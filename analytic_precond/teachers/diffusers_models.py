@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
+from .._modules import Wrapper
 from ..noise_levels.network_scalings import EDMPreconditioning, cm_c_noise
 from ..noise_levels.schedules import RectifiedFlowSchedule
 from ..noise_levels.vp_schedules import VPDiscreteSchedule
@@ -18,7 +19,9 @@ from .networks import NetworkDenoiser, NetworkScalings
 from .predictions import PredictionScalings
 
 
-def denoiser_from_diffusers(model: nn.Module, scheduler: Any, **condition: Any) -> NetworkDenoiser:
+def denoiser_from_diffusers(
+    model: nn.Module, scheduler: Any, dtype: torch.dtype | None = None, **condition: Any
+) -> NetworkDenoiser:
     r"""Make a denoiser of a diffusers model and the scheduler that it was trained for.
 
     The result is what the scheduler's ``step`` takes for the clean sample (``pred_original_sample``), at any noise
@@ -37,6 +40,7 @@ def denoiser_from_diffusers(model: nn.Module, scheduler: Any, **condition: Any) 
     Args:
         model: The model, in eval mode, called as ``model(x, timestep=..., return_dict=False, **condition)``.
         scheduler: The scheduler; only its config and tables are read.
+        dtype: What the model is called in. Default: its own, as for `NetworkDenoiser`.
         **condition: Conditions of one sample, for all, e.g. ``encoder_hidden_states`` (see `common`); those of a call
             come on top.
 
@@ -49,7 +53,6 @@ def denoiser_from_diffusers(model: nn.Module, scheduler: Any, **condition: Any) 
 
     Examples:
         >>> from types import SimpleNamespace
-        >>> import torch
         >>> class EDMEulerScheduler:  # diffusers has the real one
         ...     config = SimpleNamespace(sigma_data=0.5, prediction_type="epsilon")
         >>> model = lambda x, timestep, return_dict: (0 * x,)
@@ -63,15 +66,21 @@ def denoiser_from_diffusers(model: nn.Module, scheduler: Any, **condition: Any) 
             f"expected one of the diffusers schedulers {', '.join(_SCALINGS)}, got {names[0]}: pass the one that the "
             f"model was trained for, or say what it predicts with denoiser_from_network."
         )
-    return NetworkDenoiser(_TimestepByKeyword(model), scalings_of(scheduler), condition, learned_variance=True)
+    network = _TimestepByKeyword(model)
+    return NetworkDenoiser(network, scalings_of(scheduler), condition, dtype=dtype, learned_variance=True)
 
 
-class _TimestepByKeyword(nn.Module):
+class _TimestepByKeyword(Wrapper):
     """A diffusers model as ``network(x, time)``: not all take the timestep second, and all can return a tuple."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the model says that it computes in."""
+        return getattr(self.model, "dtype", None)
 
     def forward(self, x: Tensor, time: Tensor, **condition: Any) -> Any:
         return self.model(x, timestep=time, return_dict=False, **condition)[0]

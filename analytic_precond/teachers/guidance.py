@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_choice
 from .._conditions import plain
+from .._modules import Wrapper
 from .denoiser import Denoiser
+from .networks import noise_range_of
 
 _FORMULAS = ("from_unconditional", "from_conditional")
 
@@ -57,7 +59,7 @@ def guide(
     return GuidedDenoiser(denoiser, unconditional, scale + 1.0 if formula == "from_conditional" else float(scale))
 
 
-class GuidedDenoiser(nn.Module):
+class GuidedDenoiser(Wrapper):
     """What `guide` returns.
 
     Args:
@@ -71,6 +73,11 @@ class GuidedDenoiser(nn.Module):
         self.denoiser = denoiser
         self.unconditional = unconditional
         self.scale = scale
+
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest noise level that both denoisers know, as for `NetworkDenoiser`, or None."""
+        return noise_range_of(self)
 
     def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         """Return the guided estimate of the clean data. Shapes: ``x`` (B, ...), ``t`` (B,)."""

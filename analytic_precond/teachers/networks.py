@@ -10,19 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_tensor
 from .._conditions import expanded, on_device, plain
-from .._precision import network_dtype, wide_dtype
+from .._modules import NetworkWrapper, modules_of
+from .._precision import wide_dtype
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import EDMSchedule, Schedule
+from .denoiser import Denoiser
 from .predictions import PredictionScalings
 
 NetworkScalings = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-class NetworkDenoiser(nn.Module):
+class NetworkDenoiser(NetworkWrapper):
     r"""The denoiser $D(x, t) = c_{skip} x + c_{out} F(c_{in} x, c_{noise})$ around a raw network F.
 
     The coefficients are computed in float64 and applied in float32 or wider. The network is called in its own dtype,
@@ -34,7 +36,8 @@ class NetworkDenoiser(nn.Module):
         scalings: From noise levels of shape ``(B,)`` to ``(c_skip, c_out, c_in, c_noise)``, for example an
             `EDMPreconditioning`.
         condition: Conditions of one sample, for all, e.g. a null label (see `common`); those of a call come on top.
-        dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
+        dtype: What the network is called in. Default: its own ``dtype`` if it says one, as diffusers' models do, else
+            that of most elements of its parameters; ``x``'s if it has none (a dtype of one byte only stores).
         learned_variance: Drop the second half of twice as many channels as ``x`` has.
 
     Raises:
@@ -56,14 +59,21 @@ class NetworkDenoiser(nn.Module):
         dtype: torch.dtype | None = None,
         learned_variance: bool = False,
     ) -> None:
-        super().__init__()
         if not callable(network):
             raise TypeError(f"network must be callable as network(x, time), got {type(network).__name__}.")
-        self.network = network
+        super().__init__(network)
         self.scalings = scalings
         self.condition = dict(condition or {})
         self.dtype = dtype
         self.learned_variance = learned_variance
+
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest noise level that the network knows from its schedule's table, or None.
+
+        Beyond, it is told the nearest one, and its answers are wrong.
+        """
+        return self.scalings.schedule.noise_range if isinstance(self.scalings, PredictionScalings) else None
 
     def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         """Return the estimate of the clean data. Shapes: ``x`` (B, ...), ``t`` (B,).
@@ -111,7 +121,14 @@ class NetworkDenoiser(nn.Module):
         return output
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
-        return network_dtype(self.network, default) if self.dtype is None else self.dtype
+        return super()._network_dtype(default) if self.dtype is None else self.dtype
+
+
+def noise_range_of(denoiser: Denoiser) -> tuple[float, float] | None:
+    """Return the noise levels that all networks of a denoiser know, as far as these are known."""
+    adapted = (module for module in modules_of(denoiser) if isinstance(module, NetworkDenoiser))
+    known = [adapter.noise_range for adapter in adapted if adapter.noise_range is not None]
+    return (max(low for low, _ in known), min(high for _, high in known)) if known else None
 
 
 _CALL_ERRORS = ("unexpected keyword argument", "required positional argument", "required keyword-only argument")
@@ -142,7 +159,7 @@ def denoiser_from_network(
         network: Called as ``network(x', time, **condition)``; put it in eval mode.
         prediction: One of the five.
         schedule: The noise schedule that the network was trained under.
-        dtype: What the network is called in. Default: its first parameter's dtype, ``x``'s if it has none.
+        dtype: What the network is called in. Default: its own, as for `NetworkDenoiser`.
         learned_variance: Drop the second half of twice as many channels (guided-diffusion's learned sigma).
         **condition: Conditions of one sample, for all, e.g. a null label (see `common`); those of a call come on top.
 
@@ -164,7 +181,9 @@ def denoiser_from_network(
     return NetworkDenoiser(network, scalings, condition, dtype=dtype, learned_variance=learned_variance)
 
 
-def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkDenoiser:
+def denoiser_from_edm(
+    network: Callable[..., Any], dtype: torch.dtype | None = None, **condition: Any
+) -> NetworkDenoiser:
     """Make a denoiser of an EDM-style network, which is one already: ``network(x, sigma, class_labels=...)``.
 
     Such networks hold their own preconditioning and cast down inside; they are called in float32 or wider, their
@@ -172,6 +191,7 @@ def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkD
 
     Args:
         network: The network, in eval mode.
+        dtype: What the network is called in. Default: its own, float32 at least.
         **condition: Conditions of one sample, for all, e.g. ``class_labels`` (see `common`); those of a call come on
             top.
 
@@ -186,7 +206,7 @@ def denoiser_from_edm(network: Callable[..., Any], **condition: Any) -> NetworkD
         >>> denoiser(torch.tensor([[5.0]]), torch.tensor([2.0]))
         tensor([[1.]])
     """
-    return _EDMDenoiser(network, PredictionScalings("sample", EDMSchedule()), condition)
+    return _EDMDenoiser(network, PredictionScalings("sample", EDMSchedule()), condition, dtype=dtype)
 
 
 class _EDMDenoiser(NetworkDenoiser):
@@ -203,4 +223,5 @@ class _EDMDenoiser(NetworkDenoiser):
         return super()._call_network(z, c_noise, condition)
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
-        return torch.promote_types(super()._network_dtype(default), torch.float32)
+        own = super()._network_dtype(default)
+        return own if self.dtype is not None else torch.promote_types(own, torch.float32)

@@ -212,9 +212,10 @@ def test_ect_pairs_are_ordered_and_approach(t: float, stage: int, q: float) -> N
     assert 0 <= now.item() <= later.item() < level.item()
 
 
-def test_ect_map_keeps_shape_and_widens_half_precision() -> None:
-    t = torch.full((2, 1, 1), 4.0, dtype=torch.bfloat16)
+def test_ect_map_keeps_shape_and_dtype() -> None:
+    t = torch.full((2, 1, 1), 4.0)
     assert ect_target_times(t).dtype == torch.float32
+    assert ect_target_times(t.double()).dtype == torch.float64
     assert ect_target_times(t).shape == (2, 1, 1)
 
 

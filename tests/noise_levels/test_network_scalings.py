@@ -44,13 +44,10 @@ def test_the_angle_meets_the_noise_level() -> None:
 
 
 @pytest.mark.parametrize("name", NOISE_CONDITIONINGS)
-def test_half_precision_is_widened(name: str) -> None:
+def test_dtypes(name: str) -> None:
     function = NOISE_CONDITIONINGS[name]
-    for dtype in (torch.float16, torch.bfloat16):
-        t = T.to(dtype)
-        assert function(t).dtype == torch.float32
-        assert torch.equal(function(t), function(t.float()))
     assert function(T).dtype == torch.float64
+    assert function(T.float()).dtype == torch.float32
 
 
 def test_refuses_a_scale_that_is_not_positive() -> None:

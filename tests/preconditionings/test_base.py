@@ -70,7 +70,7 @@ def test_ctm_euler_on_an_edm_network_is_trigflow() -> None:
 
 
 @every
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_boundary_is_exact_in_every_dtype(precond: ap.Preconditioning, dtype: torch.dtype) -> None:
     t = ap.log_noise_levels(1001)[1:-1].to(dtype)
     t = t[(t >= 0.002) & (t <= 80)]
@@ -137,14 +137,14 @@ def test_gradients_in_both_levels(precond: ap.Preconditioning) -> None:
 def test_dtypes(precond: ap.Preconditioning) -> None:
     exact = precond(80.0, 5.0)
     assert exact.c_out.dtype == torch.float64
-    half = torch.tensor([80.0], dtype=torch.bfloat16)
-    for t, expected in ((half, torch.float32), (half.float(), torch.float32), (half.double(), torch.float64)):
+    single = torch.tensor([80.0])
+    for t, expected in ((single, torch.float32), (single.double(), torch.float64)):
         assert precond(t, 5.0).c_skip.dtype == expected
         torch.testing.assert_close(precond(t, 5.0).c_skip[0].double(), exact.c_skip, rtol=6e-8, atol=0)
 
     x = torch.ones(1, 3)
     for x_dtype, d_dtype in ((torch.float32, torch.float16), (torch.bfloat16, torch.bfloat16)):
-        jumped = precond.jump(x.to(x_dtype), x.to(d_dtype), half, half)
+        jumped = precond.jump(x.to(x_dtype), x.to(d_dtype), single, single)
         assert jumped.dtype == torch.promote_types(x_dtype, d_dtype)
         assert torch.equal(jumped, x.to(jumped.dtype))
 

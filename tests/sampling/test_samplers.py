@@ -191,7 +191,7 @@ class TestLevels:
             (np.array([0.0, 80.0], dtype=np.float32), [80.0]),
             ([80.0, 0.002, 0.0], [80.0]),
             (torch.tensor([80.0, 1.0, 0.0019999996]), [80.0, 1.0]),  # what float32 grids end with
-            (torch.tensor([80.0, 1.0], dtype=torch.bfloat16), [80.0, 1.0]),
+            (torch.tensor([80.0, 1.0], dtype=torch.float64), [80.0, 1.0]),
         ],
     )
     def test_multistep_jumps(self, levels: Any, starts: list[float]) -> None:

@@ -1,0 +1,134 @@
+r"""The modules behind a callable, and the dtype that a network is called in.
+
+A teacher or a network may be a module, a method of one, or a function made of either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+
+_COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # not dtypes of one byte, which only store
+
+
+class Wrapper(nn.Module):
+    """A module around callables; those that are no modules are plain attributes, which `modules_of` looks behind."""
+
+
+def modules_of(denoiser: object) -> list[nn.Module]:
+    """Return the modules of a callable, itself or what it is a method of first; none of a plain function.
+
+    Looked behind are bound methods, `functools.partial`, what `functools.wraps` names, and what a `Wrapper` holds.
+    """
+    found: dict[nn.Module, None] = {}
+    left = [denoiser]
+    while left:
+        part = left.pop()
+        if isinstance(part, nn.Module):
+            for module in part.modules():
+                if module not in found:
+                    found[module] = None
+                    if isinstance(module, Wrapper):
+                        left += [value for value in vars(module).values() if callable(value)]
+        elif isinstance(part, MethodType):
+            left.append(part.__self__)
+        elif isinstance(part, partial):
+            left.append(part.func)
+        elif hasattr(part, "__wrapped__"):
+            left.append(part.__wrapped__)
+    return list(found)
+
+
+def tensors_of(denoiser: object) -> list[Tensor]:
+    """Return the parameters and then the buffers of all modules of a callable, each once."""
+    modules = modules_of(denoiser)
+    parameters = (tensor for module in modules for tensor in module.parameters(recurse=False))
+    buffers = (tensor for module in modules for tensor in module.buffers(recurse=False))
+    return list(dict.fromkeys([*parameters, *buffers]))
+
+
+class NetworkDtype:
+    """The dtype that a network is called in; autocast does its own casts.
+
+    That is what the network says itself (``dtype``, as diffusers' models do), or else what most elements of its
+    parameters have. Found once, as going through all parameters takes time, and again when they are cast.
+
+    Args:
+        network: The network, any callable.
+    """
+
+    def __init__(self, network: object) -> None:
+        self.network = network
+        self._look()
+
+    def __call__(self, default: torch.dtype) -> torch.dtype:
+        """Return the dtype; ``default`` for a network that has none."""
+        if [_dtype_at(*place) for place in self._places] != self._seen:
+            self._look()
+        return default if self._dtype is None else self._dtype
+
+    def _look(self) -> None:
+        modules = modules_of(self.network)
+        places = [
+            (module, name)
+            for module in modules
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.is_floating_point()
+        ]
+        sizes: dict[torch.dtype, int] = {}
+        largest: dict[torch.dtype, tuple[int, tuple[nn.Module, str]]] = {}
+        for module, name in places:
+            parameter = getattr(module, name)
+            if parameter.dtype in _COMPUTED_IN:
+                size = 1 if isinstance(parameter, UninitializedParameter) else parameter.numel()
+                sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + size
+                if parameter.dtype not in largest or size > largest[parameter.dtype][0]:
+                    largest[parameter.dtype] = size, (module, name)
+        most = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
+        ends = [_dtype_at(*places[i]) for i in (0, -1)] if places else [None]
+        said = getattr(modules[0], "dtype", None) if modules else None
+        said = said if said in _COMPUTED_IN else None
+
+        self._dtype = said or most
+        if ends[0] == ends[-1] != most and ends[0] in _COMPUTED_IN and not hasattr(type(modules[0]), "dtype"):
+            # guided-diffusion's networks, whose `dtype` is a setting, cast x inside, and back before their last layer
+            self._dtype = ends[0]
+        # what each call looks at: the ends, and the largest parameter of the dtype that most have
+        self._places = [*places[:1], *places[-1:], *([] if most is None else [largest[most][1]])]
+        self._seen = [_dtype_at(*place) for place in self._places]
+
+
+class NetworkWrapper(Wrapper):
+    """A module around a network.
+
+    Args:
+        network: The network, any callable.
+    """
+
+    def __init__(self, network: Callable[..., Any]) -> None:
+        super().__init__()
+        self.network = network
+        self._found = NetworkDtype(network)
+
+    def _network_dtype(self, default: torch.dtype) -> torch.dtype:
+        """Return what the network is called in, ``default`` if nothing else is known."""
+        if self._found.network is not self.network:  # another since, e.g. compiled
+            self._found = NetworkDtype(self.network)
+        return self._found(default)
+
+
+def network_dtype(network: object, default: torch.dtype) -> torch.dtype:
+    """Return the dtype that a network is called in, ``default`` for one without: see `NetworkDtype`."""
+    return NetworkDtype(network)(default)
+
+
+def _dtype_at(module: nn.Module, name: str) -> torch.dtype | None:
+    """Return the dtype of a parameter as it is now; None of one that is gone."""
+    parameter = getattr(module, name, None)
+    return None if parameter is None else parameter.dtype
