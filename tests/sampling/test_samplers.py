@@ -406,11 +406,11 @@ class TestStudents:
         for call in (
             lambda: sample_gamma(student, x, [80.0, 1.0, 0.003], 0.5, sigma_min=0.003),
             lambda: sample_deterministic(student, x, [80.0, 1.0]),
-            lambda: sample_multistep(student, x, [80.0, 1.0]),
+            lambda: sample_multistep(student, x, [80.0, 1.0], sigma_min=0.002),
         ):
             with pytest.raises(ValueError, match=r"sigma_min = 0\.003, .* sample_multistep with sigma_min=0\.003"):
                 call()
-        wrong_shift = ap.ConsistencyModel(network, ap.CMPreconditioning(sigma_min=0.003))
+        wrong_shift = ap.ConsistencyModel(network, ap.CMPreconditioning(sigma_min=0.003), sigma_min=0.002)
         with pytest.raises(ValueError, match=r"student's range: .* with 0\.003 <= s"):
             sample_one_step(wrong_shift, x)
         full = sample_gamma(consistency_model(), X_T, GRID[[0, 17, 31, 39]], 1.0, generator=Generator())

@@ -304,6 +304,6 @@ def test_bad_input(call: Callable[[], object], error: type[Exception], message: 
 
 
 def test_ect_refuses_another_codes_sigma_min() -> None:
-    model = ap.ConsistencyModel(golden_network, ECT.preconditioning(), noise_conditioning=cm_c_noise)
+    model = ap.ConsistencyModel(golden_network, ECT.preconditioning(), sigma_min=0.002, noise_conditioning=cm_c_noise)
     with pytest.raises(ValueError, match=r"0\.003 <= s <= t.*got t = 80, s = 0\.002"):
         model(X, T)
