@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -210,3 +211,14 @@ def test_speedups_are_read_off_smoothed_curves(load: object) -> None:
     words = module.speedup(results, module.CONFIG, "digits", "shifted", "midpoint")
     assert float(words.split()[0]) == pytest.approx(2.0, rel=0.1)  # half the iterations, but for smoothing
     assert words.split()[1:] == [f"[{words.split()[0]},", f"{words.split()[0]}]"]  # both seeds alike
+
+
+def test_the_plateau_s_tables_and_page_follow_from_the_stored_numbers(load: object) -> None:
+    module, evidence = load("plateau"), load("report").ROOT / "docs" / "evidence"
+    results, _, _ = load("report").load_stored(evidence / "plateau_results.json")
+    text = (evidence / "plateau_tables.md").read_text()
+    assert all(part in text for part in module.tables(results, module.CONFIG, "digits"))
+    page = evidence.with_suffix(".md").read_text().split("## Trained on to the plateau")[1].split("## Why")[0]
+    numbers = re.findall(r"\b[01]\.\d{3}\b", page)
+    assert len(numbers) > 3
+    assert all(number in text for number in numbers)
