@@ -167,11 +167,11 @@ def test_the_checkpoint_of_another_request_is_refused(options: dict[str, Any], m
 
 
 def test_other_samples_are_refused(tmp_path: Path) -> None:
-    interrupted(tmp_path / "kept", data=list(DATA.split(2)))
+    interrupted(tmp_path / "kept", data=list(DATA.split(4)))
     with pytest.raises(ValueError, match=r"one shape, got \(2,\) in process 0 after \(3,\)"):
-        estimate(list(DATA[:, :2].split(2)), resume=tmp_path / "kept")
+        estimate(list(DATA[:, :2].split(4)), resume=tmp_path / "kept")
     with pytest.raises(ValueError, match=r"one dtype, got float32 in process 0 after float64"):
-        estimate(list(DATA.float().split(2)), resume=tmp_path / "kept")
+        estimate(list(DATA.float().split(4)), resume=tmp_path / "kept")
 
 
 def test_another_batch_size_is_told_and_changes_rounding_only(tmp_path: Path) -> None:
