@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import analytic_precond as ap
 
 pytestmark = pytest.mark.long  # every code block of the pages is run, beside stand-ins for what it imports
+
 PAGES = DOCS / "integrate"
 GOLDEN = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN_FILE).items()}
 X, T, S = GOLDEN["x"], GOLDEN["t"], GOLDEN["s"]
