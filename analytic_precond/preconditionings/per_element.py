@@ -165,7 +165,7 @@ class PerElementPreconditioning(EulerStepPreconditioning):
 
     def _fits(self, shape: tuple[int, ...]) -> bool:
         own = self.sample_shape
-        return len(own) == len(shape) and all(n in (None, m) for n, m in zip(own, shape, strict=True))
+        return len(own) == len(shape) and all(n is None or n == m for n, m in zip(own, shape, strict=True))
 
 
 def _rows(values: Tensor) -> Array:

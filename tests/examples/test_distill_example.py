@@ -48,7 +48,7 @@ def folder(tmp_path: Path) -> Path:
 def start(folder: Path, *options: str) -> subprocess.Popen[str]:
     """Start the example on the checkpoint."""
     command = [sys.executable, str(SCRIPT), *SETTINGS, "--teacher", str(folder / "network-snapshot.pkl"), *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
