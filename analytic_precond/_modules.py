@@ -20,6 +20,8 @@ _COMPUTED_IN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # 
 class Wrapper(nn.Module):
     """A module around callables; those that are no modules are plain attributes, which `modules_of` looks behind."""
 
+    named_after: str | None = None  # the attribute whose name a user knows it by
+
 
 def modules_of(denoiser: object) -> list[nn.Module]:
     """Return the modules of a callable, itself or what it is a method of first; none of a plain function.

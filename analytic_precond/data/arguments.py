@@ -12,12 +12,10 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .._checks import check_count, check_levels, warn_caller
 from .._conditions import Condition, Ownership, on_device, plain
-from .._modules import modules_of, tensors_of
+from .._modules import Wrapper, modules_of, tensors_of
 from ..noise_levels.grids import log_noise_levels
 from ..teachers.denoiser import Denoiser
-from ..teachers.diffusers_models import _TimestepByKeyword
-from ..teachers.guidance import GuidedDenoiser
-from ..teachers.networks import NetworkDenoiser, noise_range_of
+from ..teachers.networks import noise_range_of
 from .memory import BatchSize
 from .sources import Batch
 
@@ -35,14 +33,11 @@ def check_request(batch_size: BatchSize, seed: int, condition: object, descripti
         raise TypeError(f"description must be a str, got {description!r}.")
 
 
-_ADAPTERS: dict[type, str] = {NetworkDenoiser: "network", GuidedDenoiser: "denoiser", _TimestepByKeyword: "model"}
-
-
 def name_of(denoiser: Denoiser, description: str | None) -> str:
     """Return the teacher in words: the description, or else the name of the network inside this library's adapters."""
     inner: object = denoiser
-    while attribute := next((name for kind, name in _ADAPTERS.items() if isinstance(inner, kind)), None):
-        inner = getattr(inner, attribute)
+    while isinstance(inner, Wrapper) and inner.named_after is not None:
+        inner = getattr(inner, inner.named_after)
     return getattr(inner, "__qualname__", type(inner).__name__) if description is None else description
 
 

@@ -73,6 +73,8 @@ def denoiser_from_diffusers(
 class _TimestepByKeyword(Wrapper):
     """A diffusers model as ``network(x, time)``: not all take the timestep second, and all can return a tuple."""
 
+    named_after = "model"
+
     def __init__(self, model: Callable[..., Any]) -> None:
         super().__init__()
         self.model = model

@@ -68,6 +68,8 @@ class GuidedDenoiser(Wrapper):
         scale: The guidance scale, 1 for the conditional denoiser.
     """
 
+    named_after = "denoiser"
+
     def __init__(self, denoiser: Denoiser, unconditional: Denoiser, scale: float) -> None:
         super().__init__()
         self.denoiser = denoiser

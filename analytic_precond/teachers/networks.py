@@ -50,6 +50,8 @@ class NetworkDenoiser(NetworkWrapper):
         tensor([[1.]])
     """
 
+    named_after = "network"
+
     def __init__(
         self,
         network: Callable[..., Any],
