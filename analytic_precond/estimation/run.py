@@ -72,7 +72,7 @@ class EstimationState:
             self.elements.add(level, features)
 
     def add(self, first_unit: int, moments: Tensor) -> None:
-        """Add consecutive samples, whose features were added. Shape of their moments: ``(K, B, 7)``, float64 on the CPU."""
+        """Add consecutive samples, whose features were added: their moments, ``(K, B, 7)`` in float64 on the CPU."""
         groups = group_of(first_unit, moments.shape[1], self.request.num_units)
         if self.centering is not None:
             self.centering.fetch()

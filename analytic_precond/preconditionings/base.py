@@ -272,12 +272,19 @@ class Preconditioning(FixedPrecisionModule):
         if all_valid is False:
             index = int((~valid).flatten().nonzero()[0])
             t_bad, s_bad = here.flatten()[index].item(), there.flatten()[index].item()
-            inside = self.sigma_min <= s_bad and t_bad <= self.sigma_max
-            advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
-            if t_bad == math.inf:
-                advice = "pure noise has no finite level, start at the sigma_max of the schedule, e.g. 80"
-            raise ValueError(
-                f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
-                f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."
-            )
+            raise ValueError(self.fault(t_bad, s_bad, f" at position {index}"))
         return here if all_valid else torch.where(valid, here, torch.nan), there
+
+    def fault(self, t: float, s: float, where: str = "") -> str | None:
+        """Return what is wrong with a jump from t to s, or None: of numbers, so that no device is waited for."""
+        low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
+        if 0 < t < math.inf and t <= high and low <= s <= t * (1 + ROUNDING):
+            return None
+        inside = self.sigma_min <= s and t <= self.sigma_max
+        advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
+        if t == math.inf:
+            advice = "pure noise has no finite level, start at the sigma_max of the schedule, e.g. 80"
+        return (
+            f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
+            f"t = {t:.9g}, s = {s:.9g}{where}: {advice}; noise levels are sigma, not indices."
+        )
