@@ -120,10 +120,10 @@ class ShiftedPreconditioning(FittedPreconditioning):
     def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
         """Return the noise level, from s to t, that the network is told on a jump; NaN where they are out of range."""
         dtype = torch.promote_types(t.dtype, s.dtype if isinstance(s, Tensor) else t.dtype)
-        t, s, valid = self._levels(place(t, self._device, t.dtype), s)
+        t, s = self._levels(place(t, self._device, t.dtype), s)
         rate = self.shift(t, s)[0].clamp(0, 1)
-        q = t * (-rate * ((t - s) / s).log1p()).exp()
-        return (q if valid is None else torch.where(valid, q, torch.nan)).to(dtype)
+        q: Tensor = t * (-rate * ((t - s) / s).log1p()).exp()
+        return q.to(dtype)
 
     def _own_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {}, {"shift": self.shift.state_dict()["control"]}  # in float64, whatever the device computes with

@@ -124,7 +124,7 @@ class ElementTable(TableModule):
             pairs[name] = torch.stack([rounded, ((high - rounded) + low).float()])
         return super().narrowed() | pairs
 
-    def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
+    def forward(self, t: Tensor, s: Tensor, with_S: bool = True) -> PairIntegrals:
         """Return the elements' integrals, ``(*t.shape, n)``, for levels of one shape, ``s <= t`` inside the range."""
         # 1. The cells i of t and j of s, and where the jump's two pieces are in them (`jump_pieces`).
         levels = torch.stack([t, s])
@@ -147,12 +147,11 @@ class ElementTable(TableModule):
         between = (before_s[0] - after_t[0]) + (before_s[1] - after_t[1])
 
         ln_S = h[0] - ln_L
-        S_ratio = (ln_S[1] - ln_S[0]).exp()
         return PairIntegrals(
             l_t=l[0],
             l_s=l[1],
             L_ratio=(ln_L[0] - ln_L[1]).exp(),
-            S_ratio=S_ratio.clamp(max=torch.finfo(S_ratio.dtype).max),  # the backward form multiplies it by 0
+            S_ratio=(ln_S[1] - ln_S[0]).exp() if with_S else None,
             r=ends + between * (-at_s).exp(),
         )
 

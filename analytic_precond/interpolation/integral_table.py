@@ -36,14 +36,14 @@ class PairIntegrals(NamedTuple):
         l_t: Linear coefficient at t.
         l_s: Linear coefficient at s.
         L_ratio: L_t / L_s, in (0, 1] for l <= 1.
-        S_ratio: S_s / S_t.
+        S_ratio: S_s / S_t, if it was asked for.
         r: (N_s - N_t) / (L_s S_s), not negative.
     """
 
     l_t: Tensor
     l_s: Tensor
     L_ratio: Tensor
-    S_ratio: Tensor
+    S_ratio: Tensor | None
     r: Tensor
 
 
@@ -66,6 +66,7 @@ class IntegralTable(TableModule):
     polynomials: Tensor
     running: Tensor
     ends: Tensor
+    rows: Tensor  # what the three say of each cell, together
     cells: Tensor  # these three only where there is no float64
     edges: Tensor
     pairs: Tensor
@@ -105,36 +106,54 @@ class IntegralTable(TableModule):
         """Return the tables of another algorithm: this one's differences need float64."""
         return float32_tables(self.polynomials, self.running, self.ends)
 
-    def forward(self, t: Tensor, s: Tensor) -> PairIntegrals:
-        """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range."""
+    def mirror_ends(self) -> None:
+        """Mirror the ends in Python, and lay out one row per cell: a level's numbers are then gathered at once.
+
+        A row holds the polynomials of l, ln L, -ln(L S) and N in w = v / 2 (scaled by powers of 2, which is exact), the
+        last with the running integral's low part; its high part; the cell's middle.
+        """
+        super().mirror_ends()
+        l, ln_L, ln_S, N = self.polynomials.unbind(1)
+        powers = 2.0 ** torch.arange(len(l) - 1, -1, -1, dtype=l.dtype, device=l.device)
+        polynomials = torch.stack([l, ln_L, -(ln_L + ln_S), N], 1) * powers[:, None, None]
+        high, low = self.running.unbind(1)
+        polynomials[-1, 3] += low  # rounds to as many digits as low has
+        middle = torch.arange(_CELLS, dtype=l.dtype, device=l.device) + 0.5
+        rows = torch.cat([polynomials.flatten(0, 1), high[None], middle[None]]).T.contiguous()
+        self.register_buffer("rows", rows, persistent=False)
+
+    def forward(self, t: Tensor, s: Tensor, with_S: bool = True) -> PairIntegrals:
+        """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range.
+
+        On a GPU each operation costs the host as much as any other, however few the levels: their number counts.
+        """
         cells_per_lambda = _CELLS / math.log(self.sigma_max / self.sigma_min)
         if self.narrow_device is not None:
             return PairIntegrals(*float32_integrals(self.cells, self.edges, self.pairs, cells_per_lambda, t, s))
         # 1. Both places in the table, in cells from sigma_max. t's is that of s less their distance, which is computed
         # from t - s itself: at s = t they have the same bits, and beside it the distance keeps its digits.
-        position_s = -(s / self.sigma_max).log() * cells_per_lambda
-        position_t = position_s - ((t - s) / s).log1p() * cells_per_lambda
+        position_s = (s / self.sigma_max).log() * -cells_per_lambda
+        position_t = position_s.sub(((t - s) / s).log1p(), alpha=cells_per_lambda)
         position = torch.stack([position_t, position_s])
 
-        # 2. Each place's cell, and the four polynomials there; v is in [-1, 1].
-        cell = position.detach().floor().clamp(0, _CELLS - 1).nan_to_num(0)
-        v = 2 * (position - cell) - 1
-        index = cell.long()
-        coefficients = self.polynomials[:, :, index]
-        value = coefficients[0]
-        for coefficient in coefficients[1:]:  # Horner, elementwise: equal levels give equal bits
-            value = value * v + coefficient
-        l, ln_L, ln_S, N = value
+        # 2. Each place's cell, and the four polynomials there; w is in [-1/2, 1/2]. NaN becomes some integer.
+        rows = self.rows[position.detach().long().clamp(0, _CELLS - 1)]
+        high, middle = rows[..., -2:].unbind(-1)
+        w = (position - middle)[..., None]
+        value, *lower_powers = rows[..., :-2].unflatten(-1, (-1, 4)).unbind(-2)
+        for coefficient in lower_powers:  # Horner, elementwise: equal levels give equal bits
+            value = value * w + coefficient
+        l, ln_L, minus_h, N = value.unbind(-1)
 
         # 3. Differences and ratios of the two ends: nothing of the size of L or S itself is formed.
-        high, low = self.running[index].unbind(-1)
-        delta_N = (high[1] - high[0]) + ((low[1] - low[0]) + (N[1] - N[0]))
+        delta_N = (high[1] - high[0]) + (N[1] - N[0])
+        ln_L_ratio = ln_L[0] - ln_L[1]
         return PairIntegrals(
             l_t=l[0],
             l_s=l[1],
-            L_ratio=(ln_L[0] - ln_L[1]).exp(),
-            S_ratio=(ln_S[1] - ln_S[0]).exp(),
-            r=delta_N * (-ln_L[1] - ln_S[1]).exp(),
+            L_ratio=ln_L_ratio.exp(),
+            S_ratio=((minus_h[0] - minus_h[1]) + ln_L_ratio).exp() if with_S else None,
+            r=delta_N * minus_h[1].exp(),
         )
 
 

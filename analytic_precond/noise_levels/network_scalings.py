@@ -61,10 +61,14 @@ class EDMPreconditioning:
         """Return the four coefficients at noise levels ``t``, in its shape and dtype."""
         check_level(t, "t")
         wide = t.to(wide_dtype(t.device))
-        total = wide**2 + self.sigma_data**2
-        c_in = total.rsqrt()
-        scalings = (self.sigma_data**2 / total, wide * self.sigma_data * c_in, c_in, wide.log() / 4)
+        c_in = (wide**2 + self.sigma_data**2).rsqrt()
+        c_data = self.sigma_data * c_in
+        scalings = (c_data**2, wide * c_data, c_in, wide.log() / 4)
         return DenoiserScalings(*(c.to(t.dtype) for c in scalings))
+
+    def c_noise(self, t: Tensor) -> Tensor:
+        """Return the last of them alone."""
+        return (t.to(wide_dtype(t.device)).log() / 4).to(t.dtype)
 
 
 def edm_c_noise(t: Tensor) -> Tensor:

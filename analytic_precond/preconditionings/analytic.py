@@ -5,6 +5,8 @@ A table holds the integrals of l and s between any two levels; a jump is an Eule
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,6 +45,7 @@ class EulerStepPreconditioning(Preconditioning):
         super().__init__(sigma_data)
         self.integrals = integrals
         self.register_buffer("theta", torch.tensor(theta, dtype=torch.float64, device="cpu"))
+        self.implicit = float(theta)  # the same for Python, so that a backward step skips what it does not need
         self._check_denominator(targets, advice)
 
     @property
@@ -63,17 +66,26 @@ class EulerStepPreconditioning(Preconditioning):
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels (docs/method.md, section 3)."""
         shape = (*t.shape, *self.coefficient_shape)
-        l_t, l_s, L_ratio, S_ratio, r = self.integrals(t, s)
-        implicit, explicit = self.theta, (1 - self.theta) * S_ratio
-        denominator = 1 + implicit * l_s * r
-        c_skip, c_out = (L_ratio - explicit * l_t * r) / denominator, (explicit + implicit) * r / denominator
+        implicit = self.implicit
+        l_t, l_s, L_ratio, S_ratio, r = self.integrals(t, s, with_S=implicit < 1)
+        c_skip, c_out = L_ratio, r
+        if S_ratio is not None:
+            explicit = (1 - implicit) * S_ratio
+            c_skip, c_out = c_skip - explicit * l_t * r, (explicit + implicit) * r
+        if implicit > 0:
+            denominator = 1 + (l_s if implicit == 1 else implicit * l_s) * r
+            c_skip, c_out = c_skip / denominator, c_out / denominator
         return Scalings(c_skip.reshape(shape), c_out.reshape(shape))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.implicit = self.theta.item()
 
     def _check_denominator(self, targets: Tensor, advice: str) -> None:
         """Refuse coefficients with a vanishing denominator; r grows with t, so the longest jumps tell."""
         for s in targets:
-            _, l_s, _, _, r = self.integrals(torch.full_like(s, self.sigma_max), s)
-            denominator = 1 + self.theta * l_s * r
+            _, l_s, _, _, r = self.integrals(torch.full_like(s, self.sigma_max), s, with_S=False)
+            denominator = 1 + self.implicit * l_s * r
             if not bool((denominator > 0).all()):
                 worst = int(denominator.argmin())
                 level, element = divmod(worst, l_s.numel() // len(s))
@@ -184,7 +196,7 @@ class AnalyticPreconditioning(EulerStepPreconditioning):
 
     def extra_repr(self) -> str:
         """Return what is printed of it: where between forward (0) and backward (1), and the range of levels."""
-        return f"theta={self.theta.item():g}, levels {self.sigma_max:g} to {self.sigma_min:g}"
+        return f"theta={self.implicit:g}, levels {self.sigma_max:g} to {self.sigma_min:g}"
 
 
 def check_statistics(statistics: object, of: type) -> None:

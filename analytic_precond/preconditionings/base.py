@@ -243,14 +243,10 @@ class Preconditioning(FixedPrecisionModule):
 
     def _wide(self, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return the coefficients in the widest dtype that the levels' device has, after all checks."""
-        t, s, valid = self._levels(t, s)
-        coefficients = self.coefficients(t, s)
-        if valid is None:
-            return coefficients
-        return Scalings(*(torch.where(self._per_jump(valid), c, torch.nan) for c in coefficients))
+        return self.coefficients(*self._levels(t, s))
 
-    def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the levels in that dtype and of one shape, and which are valid where that could not be checked."""
+    def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return the levels in that dtype and of one shape; t is NaN where they are not valid and nobody may look."""
         device = None
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):
@@ -267,8 +263,11 @@ class Preconditioning(FixedPrecisionModule):
         except RuntimeError as error:
             shapes = " and ".join(str(tuple(level.shape)) for level in wide)
             raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
-        low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
-        valid = (there <= here * (1 + ROUNDING)) & (there >= low) & (here <= high) & (here > 0) & (here < math.inf)
+        # each comparison is a kernel: a smallest level above 0 leaves no t at 0, a largest one none at infinity
+        valid = (there <= here * (1 + ROUNDING)) & (there >= self.sigma_min * (1 - ROUNDING))
+        valid &= here <= self.sigma_max * (1 + ROUNDING) if self.sigma_max < math.inf else here < math.inf
+        if self.sigma_min == 0:
+            valid &= here > 0
         all_valid = all_true(valid)
         if all_valid is False:
             index = int((~valid).flatten().nonzero()[0])
@@ -281,4 +280,4 @@ class Preconditioning(FixedPrecisionModule):
                 f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
                 f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."
             )
-        return here, there, None if all_valid else valid
+        return here if all_valid else torch.where(valid, here, torch.nan), there

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_not_negative, check_positive
+from .._checks import all_true, check_choice, check_not_negative, check_positive
 from .._precision import place, wide_dtype
 from .base import ROUNDING, Preconditioning, Scalings
 
@@ -143,11 +143,11 @@ class CMPreconditioning(Preconditioning):
         return super().jump(x_t, denoised, t, self._target(t, s))
 
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
-        """Return the coefficients for valid levels, NaN where ``s`` is not ``sigma_min`` to float32 rounding."""
+        """Return the coefficients for valid levels."""
         v = self.sigma_data**2
         # the difference of two fractions over their common denominator: only positive terms are left
         c_skip = s / t * (v * (3 * t * (t - s) + s**2 + v)) / (((t - s) ** 2 + v) * (t**2 + v))
-        return Scalings(*(torch.where(self._reached(s), c, torch.nan) for c in (c_skip, (t - s) / t)))
+        return Scalings(c_skip, (t - s) / t)
 
     def _target(self, t: Tensor | float, s: Tensor | float | None) -> Tensor | float:
         """Return ``s`` or else ``sigma_min``; a float becomes what ``t``'s dtype makes of it: an exact boundary."""
@@ -156,20 +156,18 @@ class CMPreconditioning(Preconditioning):
             return torch.full((), s, dtype=t.dtype, device=t.device)
         return s
 
-    def _reached(self, s: Tensor) -> Tensor:
-        return (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
-
-    def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Refuse other targets too."""
-        t, s, valid = super()._levels(t, s)
-        other = ~self._reached(s)
-        if valid is None and bool(other.any()):
-            index = int(other.flatten().nonzero()[0])
+    def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Refuse targets that are not ``sigma_min`` to float32 rounding, too."""
+        t, s = super()._levels(t, s)
+        reached = (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
+        all_reached = all_true(reached)
+        if all_reached is False:
+            index = int((~reached).flatten().nonzero()[0])
             raise ValueError(
                 f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got s = "
                 f"{s.flatten()[index].item():.9g} at position {index}: leave s out, or take CTMPreconditioning."
             )
-        return t, s, valid
+        return t if all_reached else torch.where(reached, t, torch.nan), s
 
 
 class _OwnNetwork(Preconditioning):

@@ -77,7 +77,7 @@ class Student(NetworkWrapper):
         if self.noise_conditioning is not None:
             c_noise = [self.noise_conditioning(t) for t in levels]
         else:
-            c_noise = [edm.c_noise, *(self.edm(t).c_noise for t in levels[1:])]
+            c_noise = [edm.c_noise, *(self.edm.c_noise(t) for t in levels[1:])]
 
         dtype = self._network_dtype(x.dtype)
         told = torch.promote_types(dtype, torch.float32)  # float64 grids must not reach a float32 network's embedding

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import math
 from collections.abc import Callable
 from functools import partial
@@ -255,11 +256,15 @@ def test_no_gradient_reaches_the_target_however_it_is_held(
 # Dynamo's own doing
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("loss_function", DISTILLATION)
-def test_a_training_step_compiles(loss_function: LossFunction) -> None:
+def test_a_training_step_compiles(loss_function: LossFunction, backend: str) -> None:
+    if backend == "inductor" and shutil.which("g++") is None:
+        pytest.skip("inductor compiles C++ for the CPU")
     x_0, noise = (v.float() for v in gaussian_batch())
     student, teacher, times = make_student(), ap.GaussianDenoiser(VARIANCES.float()), draw_times()
-    compiled = torch.compile(loss_function, backend="eager")
+    compiled = torch.compile(loss_function, backend=backend)
     gradients = []
     for function in (loss_function, compiled):
         student.zero_grad()
