@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from .._checks import check_count, check_tensor
+from .._precision import place
 
 Generators = Generator | Sequence[Generator] | None
 
@@ -127,7 +128,7 @@ def noise_source(x: Tensor, count: int, generator: Generators, noise: Tensor | N
             f"noise must hold {count} draws, one for each level between the first and sigma_min, shape "
             f"{(count, *x.shape)}, got {tuple(noise.shape)}."
         )
-    return lambda number: noise[number].to(x.device, x.dtype)
+    return lambda number: place(noise[number], x.device, x.dtype)
 
 
 def _check_generators(generator: object, batch: int) -> None:
@@ -152,7 +153,12 @@ def _spread(generator: Generators, batch: int, device: torch.device) -> Sequence
 
 def _draw(generators: Sequence[Generator], shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return one draw of each generator. Shape ``(B, *shape)``."""
-    noise = torch.empty(len(generators), *shape, device=device, dtype=dtype)
-    for sample, generator in zip(noise, generators, strict=True):
-        sample.copy_(torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32))
-    return noise
+    if not generators:
+        return torch.empty(0, *shape, device=device, dtype=dtype)
+    draws = [
+        torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
+        for generator in generators
+    ]
+    if len({draw.device for draw in draws}) > 1:
+        draws = [place(draw, device, dtype) for draw in draws]
+    return place(torch.stack(draws), device, dtype)  # in one copy

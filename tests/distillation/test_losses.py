@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import math
+import shutil
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise

@@ -1,6 +1,6 @@
 """The meta device plays a GPU: what would make the host wait, copy or mix devices raises, on a machine without one.
 
-Values cannot be read from meta tensors at all (``item``, ``bool``, ``tolist``, masks as indices): that raises by itself.
+Values cannot be read from meta tensors (``item``, ``bool``, ``tolist``, masks as indices): that raises by itself.
 `AnotherDevice` adds what a GPU would do at a price, and meta tensors do silently or not at all:
 
 - a copy from the CPU that is waited for; under ``capturing`` any, as CUDA graphs refuse memory that is not pinned,
