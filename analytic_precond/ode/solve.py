@@ -7,7 +7,6 @@ each size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +19,7 @@ from .._conditions import rows_of
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import per_sample
 from ..teachers.denoiser import Denoiser
-from .steps import STEPS, Velocity, euler, heun
+from .steps import Velocity, Weights, euler, heun
 
 
 def solve_ode(
@@ -63,17 +62,20 @@ def solve_ode(
         >>> solve_ode(teacher, torch.tensor([[4.0]]), torch.tensor([8.0, 2.0, 0.0]), trajectory=True).flatten()
         tensor([4., 1., 0.])
     """
-    check_choice(method, STEPS, "method")
+    check_choice(method, ("euler", "heun"), "method")
     velocity = Velocity.of(denoiser, x, condition)
     reaches_zero = _check_grid(levels)
     x = x.to(_state_dtype(dtype, x))
 
-    grid = levels.to(x.device, wide_dtype(x.device), non_blocking=True)
+    # levels, and what steps multiply by, one row for each sample: nothing is left to compute of them in a step
+    grid = levels.to(x.device, wide_dtype(x.device), non_blocking=True)[:, None].expand(-1, len(x))
+    weights = Weights.of(grid[:-1], grid[1:], x)
     states = [x]
     for i in tqdm(range(len(grid) - 1), desc="ODE", unit="step", disable=not progress):
-        last = reaches_zero and i == len(grid) - 2
-        step = euler if last else STEPS[method]
-        x = step(velocity, x, grid[i].expand(len(x)), grid[i + 1].expand(len(x)))
+        if method == "euler" or (reaches_zero and i == len(grid) - 2):
+            x = euler(velocity, x, grid[i], weights.euler[i])
+        else:
+            x = heun(velocity, x, grid[i], grid[i + 1], Weights(*(weight[i] for weight in weights)))
         if trajectory:
             states.append(x)
     return torch.stack(states) if trajectory else x
@@ -140,8 +142,8 @@ def heun_solve(
     evaluations = 2 * steps - ((steps > 0) & (last_index == last) & reaches_zero).long()
 
     grid = levels.to(x.device, wide_dtype(x.device), non_blocking=True)
-    index = first_index.to(x.device, non_blocking=True)
-    return _march(velocity, x, dtype, evaluations, lambda step: grid[(index + step).clamp(max=last)])
+    index = first_index + torch.arange(max(steps.tolist(), default=0) + 1, device="cpu")[:, None]
+    return _march(velocity, x, dtype, evaluations, grid[index.clamp(max=last).to(x.device, non_blocking=True)])
 
 
 def heun_solve_between(
@@ -200,12 +202,9 @@ def heun_solve_between(
     target = torch.where(u <= t, u, torch.nan)
     num = steps.to(x.device, t.dtype, non_blocking=True)
     root_ratio = (target / t) ** (1 / rho)  # levels relative to t: no rho overflows
-
-    def level_at(step: int) -> Tensor:
-        level = t * torch.lerp(torch.ones_like(num), root_ratio, step / num) ** rho
-        return torch.where(step >= num, target, level)
-
-    return _march(velocity, x, dtype, 2 * steps, level_at)
+    step = torch.arange(max(steps.tolist(), default=0) + 1, device=x.device, dtype=t.dtype)[:, None]
+    level = t * torch.lerp(torch.ones_like(root_ratio), root_ratio, step / num) ** rho
+    return _march(velocity, x, dtype, 2 * steps, torch.where(step >= num, target, level))
 
 
 def _check_grid(levels: Tensor) -> bool:
@@ -263,33 +262,32 @@ def _host_integers(value: Tensor | int, x: Tensor, name: str, low: int, high: in
     return value
 
 
-def _march(
-    velocity: Velocity,
-    x: Tensor,
-    dtype: torch.dtype | None,
-    evaluations: Tensor,
-    level_at: Callable[[int], Tensor],
-) -> Tensor:
+def _march(velocity: Velocity, x: Tensor, dtype: torch.dtype | None, evaluations: Tensor, levels: Tensor) -> Tensor:
     """Return the data where each sample has used up its teacher evaluations, of shape ``(B,)`` on the CPU.
 
-    ``level_at`` tells the levels of all samples after a number of steps.
+    ``levels`` are those of all samples after any number of steps, shape ``(steps + 1, B)``.
     """
     # 1. Sorted by evaluations, the samples still on their way are always the first ones
     order = evaluations.argsort(descending=True, stable=True)
-    rows = order.to(x.device, non_blocking=True)
-    way, arrived = x.to(_state_dtype(dtype, x))[rows], []
+    left = evaluations[order].tolist()
+    together = bool(left) and left[0] == left[-1] > 0
+    rows = slice(None) if together else order.to(x.device, non_blocking=True)
+    way, levels, arrived = x[rows].to(_state_dtype(dtype, x)), levels[:, rows], []
+    weights = Weights.of(levels[:-1], levels[1:], way)
 
-    for step in range((max(evaluations.tolist(), default=0) + 1) // 2):
+    for step in range(len(levels) - 1):
         # 2. Two evaluations left are a Heun step, a single one an Euler step, none an arrival
-        num, num_heun = (int((evaluations > spent).sum()) for spent in (2 * step, 2 * step + 1))
+        num, num_heun = (sum(own > spent for own in left) for spent in (2 * step, 2 * step + 1))
         arrived.append(way[num:])
-        t, s = (level_at(k)[rows[:num]] for k in (step, step + 1))
         pieces = []
-        for take, part in ((heun, slice(0, num_heun)), (euler, slice(num_heun, num))):
+        for is_heun, part in ((True, slice(0, num_heun)), (False, slice(num_heun, num))):
             if part.start < part.stop:
-                condition = rows_of(velocity.condition, order[part], len(x))
-                pieces.append(take(replace(velocity, condition=condition), way[part], t[part], s[part]))
-        way = torch.cat(pieces)
+                own = replace(velocity, condition=rows_of(velocity.condition, order[part], len(x)))
+                now = Weights(*(weight[step, part] for weight in weights))
+                x_t, t, s = way[part], levels[step, part], levels[step + 1, part]
+                pieces.append(heun(own, x_t, t, s, now) if is_heun else euler(own, x_t, t, now.euler))
+        way = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     # 3. Those that arrived last stand first; back to the order of x
-    return torch.cat([way, *reversed(arrived)])[rows.argsort()]
+    way = torch.cat([way, *reversed(arrived)])
+    return way if together else way[order.argsort().to(x.device, non_blocking=True)]

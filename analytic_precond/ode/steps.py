@@ -9,9 +9,8 @@ Everything is differentiable: where no gradients are wanted, as in a distillatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +85,8 @@ def euler_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | flo
         tensor([[0.7500]])
     """
     velocity = Velocity.of(denoiser, x, condition)
-    return euler(velocity, x, per_sample(t, x, "t"), per_sample(s, x, "s", zero=True))
+    t, s = per_sample(t, x, "t"), per_sample(s, x, "s", zero=True)
+    return euler(velocity, x, t, Weights.of(t, s, x).euler)
 
 
 def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | float, **condition: Any) -> Tensor:
@@ -111,7 +111,10 @@ def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | floa
         (1.903, 1.903)
     """
     velocity = Velocity.of(denoiser, x, condition)
-    return heun(velocity, x, per_sample(t, x, "t"), per_sample(s, x, "s", zero=True))
+    t, s = per_sample(t, x, "t"), per_sample(s, x, "s", zero=True)
+    to_zero, somewhere = s == 0, torch.where(s == 0, t, s)  # any level that has a velocity
+    whole, half_t, half_s = Weights.of(t, s, x).euler, *Weights.of(t, somewhere, x)[1:]
+    return heun(velocity, x, t, somewhere, Weights(whole, torch.where(to_zero, whole, half_t), half_s))
 
 
 @dataclass  # not a named tuple or frozen, which older torch.compile cannot call
@@ -143,6 +146,10 @@ class Velocity:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """Return (x - D) / t in x's dtype. Shapes: ``x`` (B, ...), ``t`` (B,)."""
+        return self.removed(x, t) / expand_to(t, x).to(x.dtype)
+
+    def removed(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return x - D in x's dtype: t times the velocity."""
         own = (tensor.to(self.dtype, copy=True) for tensor in (x, t))  # the teacher may overwrite what it gets
         denoised = self.denoiser(*own, **plain(self.condition))
         if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
@@ -153,25 +160,40 @@ class Velocity:
                 f"the teacher must return x's shape {tuple(x.shape)}, got {tuple(denoised.shape)}: drop extra channels "
                 f"(a learned variance?) in an adapter."
             )
-        return (x - denoised.to(x.dtype)) / expand_to(t, x).to(x.dtype)
+        return x - denoised.to(x.dtype)
 
 
-def euler(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Take an Euler step between valid levels of shape (B,)."""
+class Weights(NamedTuple):
+    """What steps multiply x - D by, of the levels' shape: the division by t is in them, done where it is cheap.
+
+    Attributes:
+        euler: (s - t) / t, of an Euler step.
+        heun_t: Half of that: what x - D at t counts in a step of Heun's method.
+        heun_s: (s - t) / (2 s): what x - D at s counts.
+    """
+
+    euler: Tensor
+    heun_t: Tensor
+    heun_s: Tensor
+
+    @staticmethod
+    def of(t: Tensor, s: Tensor, x: Tensor) -> Weights:
+        """Return them in the dtype that steps of ``x`` are computed in; at s = 0 only Euler's is finite."""
+        ratio_t, ratio_s = (((s - t) / level).to(torch.promote_types(x.dtype, torch.float32)) for level in (t, s))
+        return Weights(ratio_t, ratio_t / 2, ratio_s / 2)
+
+
+def euler(velocity: Velocity, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
+    """Take an Euler step from valid levels of shape (B,)."""
     z = widen(x)
-    dt = expand_to(s - t, z).to(z.dtype)
-
-    return (z + dt * velocity(z, t)).to(x.dtype)
+    return torch.addcmul(z, expand_to(weight, z), velocity.removed(z, t)).to(x.dtype)
 
 
-def heun(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """Take a step of Heun's method between valid levels of shape (B,), an Euler step to 0."""
+def heun(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, weights: Weights) -> Tensor:
+    """Take a step of Heun's method between valid levels of shape (B,), not to 0."""
     z = widen(x)
-    dt, to_zero = expand_to(s - t, z).to(z.dtype), expand_to(s, z) == 0
+    whole, half_t, half_s = (expand_to(weight, z) for weight in weights)
 
-    v_t = velocity(z, t)
-    v_s = velocity(z + dt * v_t, torch.where(s == 0, t, s))  # to 0: any level that has a velocity
-    return (z + dt * torch.where(to_zero, v_t, (v_t + v_s) / 2)).to(x.dtype)
-
-
-STEPS: Mapping[str, Callable[[Velocity, Tensor, Tensor, Tensor], Tensor]] = {"euler": euler, "heun": heun}
+    at_t = velocity.removed(z, t)
+    at_s = velocity.removed(torch.addcmul(z, whole, at_t), s)
+    return torch.addcmul(torch.addcmul(z, half_t, at_t), half_s, at_s).to(x.dtype)
