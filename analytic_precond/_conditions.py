@@ -120,7 +120,7 @@ def on_device(condition: Any, device: torch.device) -> Any:
             return Common(on_device(part.value, device))
         if not isinstance(part, Tensor):
             return part
-        return part.cpu() if device.type == "cpu" else place(part, device, part.dtype)  # the CPU would not wait
+        return place(part, device, part.dtype)
 
     return _mapped(condition, of)
 

@@ -118,6 +118,23 @@ class NetworkWrapper(Wrapper):
         self.network = network
         self._found = NetworkDtype(network)
 
+    def __call__(self, *arguments: Any, **condition: Any) -> Any:
+        """Call it as any module; if the network is on another device than the data, say so."""
+        if torch.compiler.is_compiling():
+            return super().__call__(*arguments, **condition)
+        try:
+            return super().__call__(*arguments, **condition)
+        except RuntimeError as error:
+            x = arguments[0] if arguments else None
+            devices = {tensor.device for tensor in tensors_of(self.network)}
+            if not isinstance(x, Tensor) or not devices or x.device in devices:
+                raise
+            where = ", ".join(sorted(map(str, devices)))
+            raise ValueError(
+                f"x must be on {where}, as the network of {type(self).__name__} is, got {x.device}: move the "
+                f"{type(self).__name__} by .to('{x.device}')."
+            ) from error
+
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
         """Return what the network is called in, ``default`` if nothing else is known."""
         if self._found.network is not self.network:  # another since, e.g. compiled

@@ -25,8 +25,8 @@ def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Te
     if dtype == torch.float64:
         dtype = wide_dtype(device)
     if isinstance(value, Tensor):
-        # MPS goes on to read a source that is gone (pytorch issue 189690)
-        return value.to(device, dtype, non_blocking=device.type != "mps")
+        # the CPU would read what has not arrived; MPS goes on to read a source that is gone (pytorch issue 189690)
+        return value.to(device, dtype, non_blocking=device.type not in ("cpu", "mps"))
     return torch.full((), value, dtype=dtype, device=device)
 
 
@@ -44,13 +44,15 @@ class FixedPrecisionModule(nn.Module):
     _narrow_names: tuple[str, ...] = ()
 
     @property
-    def _device(self) -> torch.device:
-        """Where this, or the first of its parts that has numbers, computes."""
-        for module in self.modules():
-            for buffer in module.buffers(recurse=False):
-                narrow = module.narrow_device if isinstance(module, FixedPrecisionModule) else None
-                return narrow or buffer.device
-        return torch.get_default_device()
+    def _device(self) -> torch.device | None:
+        """Where this, or the first of its parts that has numbers, computes; None without any."""
+        for buffer in self._buffers.values():
+            if buffer is not None:
+                return self.narrow_device or buffer.device
+        for part in self._modules.values():
+            if isinstance(part, FixedPrecisionModule) and part._device is not None:
+                return part._device
+        return None
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Add a buffer, which autograd can use even where the module is made under ``torch.inference_mode``."""

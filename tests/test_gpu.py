@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Gaussian
+from problems import coefficient_tables, gaussian_problem
 from torch import Tensor, nn
 
 import analytic_precond as ap
@@ -34,7 +34,7 @@ pytestmark = [
 
 SHAPE = (2, 4, 3)
 SAMPLER_LEVELS = [80.0, 5.0, 0.5, 0.002]
-PROBLEM = Gaussian((4.0, 1.0, 0.25, 0.05, 0.01, 0.001) * 4)  # as many as a sample has elements
+PROBLEM = gaussian_problem((4.0, 1.0, 0.25, 0.05, 0.01, 0.001) * 4)  # as many as a sample has elements
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -181,10 +181,10 @@ def test_memory_is_of_a_batch(device: str) -> None:
 
 @cache
 def preconditionings() -> dict[str, ap.Preconditioning]:
-    levels, l, s = PROBLEM.tables(60)
+    levels, l, s = coefficient_tables(PROBLEM, 60)
     analytic = ap.AnalyticPreconditioning.from_coefficients
     data = PROBLEM.sample(32, 0).reshape(-1, *SHAPE)
-    teacher = ap.GaussianDenoiser(torch.tensor(PROBLEM.variances, dtype=torch.float64).reshape(SHAPE))
+    teacher = ap.GaussianDenoiser(PROBLEM.variances.reshape(SHAPE))
     fit: dict[str, Any] = {"levels": ap.log_noise_levels(8), "num_trajectories": 32, "progress": False}
     return {
         **{outer: ap.CTMPreconditioning(outer) for outer in ("euler", "variance", "euler_variance_mixed")},
@@ -295,7 +295,7 @@ LOSSES = {"consistency": ap.consistency_distillation_loss, "trajectory": ap.traj
 def test_losses_are_the_same_without_waiting(
     device: str, name: str, loss: str, distance: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
-    variances = torch.tensor(PROBLEM.variances).reshape(SHAPE)
+    variances = PROBLEM.variances.float().reshape(SHAPE)
     x_0, noise = (normal(8, *SHAPE, seed=seed, dtype=torch.float32) for seed in (1, 2))
     x_0 = variances.sqrt() * x_0
     grid = ap.karras_noise_levels(10)

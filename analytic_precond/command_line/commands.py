@@ -98,7 +98,7 @@ def _levels(options: argparse.Namespace) -> Tensor | None:
         return log_noise_levels(**grid) if grid.keys() - {"num"} else None
     if grid:
         raise ValueError("give --levels, or --num-levels, --sigma-min and --sigma-max, got both.")
-    return torch.tensor(options.levels, dtype=torch.float64)
+    return torch.tensor(options.levels, dtype=torch.float64, device="cpu")
 
 
 def _device(name: str | None) -> torch.device | None:

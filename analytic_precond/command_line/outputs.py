@@ -3,10 +3,10 @@ r"""What the command line prints: tables to read, and JSON."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..diagnostics.comparison import Levels, StatisticsComparison
@@ -79,7 +79,7 @@ def nearest_rows(levels: Tensor, wanted: Sequence[float] | None) -> list[int]:
     """Return the indices of the levels nearest to some, in ln t; all without any."""
     if wanted is None:
         return list(range(len(levels)))
-    return sorted({int((levels.log() - torch.tensor(t).log()).abs().argmin()) for t in wanted})
+    return sorted({int((levels.log() - math.log(t)).abs().argmin()) for t in wanted})
 
 
 def summary(loaded: Loaded) -> str:

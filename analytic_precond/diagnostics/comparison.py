@@ -134,8 +134,12 @@ def _check_levels(first: Tensor, second: Tensor) -> None:
 def _places(statistics: TeacherStatistics) -> tuple[Tensor, Tensor, Tensor]:
     """Return the levels, and from where to where the jumps go."""
     levels = statistics.levels
-    index = torch.linspace(0, len(levels) - 1, min(_JUMP_ENDS, len(levels)), dtype=torch.float64).round().long()
-    start, end = torch.triu_indices(len(index), len(index), offset=1)
+    index = (
+        torch.linspace(0, len(levels) - 1, min(_JUMP_ENDS, len(levels)), dtype=torch.float64, device="cpu")
+        .round()
+        .long()
+    )
+    start, end = torch.triu_indices(len(index), len(index), offset=1, device="cpu")
     return levels, levels[index[start]], levels[index[end]]
 
 
@@ -152,7 +156,7 @@ def _jackknifed(statistics: TeacherStatistics) -> tuple[Array, Array]:
     counts, sums = statistics.counts, statistics.sums
     parts = [statistics]
     for group in range(len(counts)):
-        others = torch.arange(len(counts)) != group
+        others = torch.arange(len(counts), device="cpu") != group
         parts.append(replace(statistics, counts=counts[others], sums=sums[others]))
     rows = np.stack([_quantities(part) for part in parts])  # in the jackknife's order: all, then without each group
     return jackknife(counts.numpy(), sums.numpy(), lambda _: [rows])[0]

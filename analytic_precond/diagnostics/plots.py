@@ -185,7 +185,7 @@ def plot_gap_map(gaps: GapMap) -> Figure:
 
 def _curves(precond: Preconditioning, t: float, s_min: float) -> tuple[Array, tuple[Array, ...]]:
     """Return noise levels s from t down to s_min, and the values of the four rows there."""
-    tensor = next(precond.buffers(), torch.zeros(0))  # on the device to compute on
+    tensor = next(precond.buffers(), torch.zeros(0, device="cpu"))  # on the device to compute on
     levels = log_noise_levels(_POINTS, s_min, t).to(tensor.device, wide_dtype(tensor.device))
     s, c_skip, c_out = (v.detach().cpu().double().numpy() for v in (levels, *precond(t, levels)))
     if c_skip.shape != s.shape:

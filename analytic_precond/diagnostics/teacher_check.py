@@ -145,7 +145,7 @@ def _check_transport(statistics: TeacherStatistics) -> LevelCheck:
         return by_transport.s.numpy() * counts_where, by_derivative.s.numpy() * counts_where
 
     def difference(means: Array) -> tuple[Array]:
-        one, rows = torch.ones(1, dtype=torch.float64), torch.from_numpy(means)
+        one, rows = torch.ones(1, dtype=torch.float64, device="cpu"), torch.from_numpy(means)
         return (np.stack([np.subtract(*both(one, row[None])) for row in rows]),)
 
     [(_, stderr)] = jackknife(statistics.counts.numpy(), statistics.sums.numpy(), difference)
@@ -175,12 +175,12 @@ def _check_error(statistics: TeacherStatistics, variance: float) -> tuple[LevelC
 
 def _level_check(value: Array, expected: Array, stderr: Array, exact: float, close: Array | float) -> LevelCheck:
     parts = (np.broadcast_to(part, value.shape) for part in (value, expected, stderr, exact, close))
-    return LevelCheck(*(torch.tensor(part, dtype=torch.float64) for part in parts))
+    return LevelCheck(*(torch.tensor(part, dtype=torch.float64, device="cpu") for part in parts))
 
 
 def _element_variance(data: object, num: int, batch_size: int, seed: int) -> float:
     """Return the variance of the samples that the statistics rest on, about their mean, averaged over elements."""
-    count, total, squares = 0, torch.zeros((), dtype=torch.float64), 0.0
+    count, total, squares = 0, torch.zeros((), dtype=torch.float64, device="cpu"), 0.0
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # as for the statistics: a DataLoader that shuffles
         for batch in iterate_batches(data, num, batch_size, seed):

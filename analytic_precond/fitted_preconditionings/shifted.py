@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .._conditions import Condition
-from .._precision import place
 from ..data.arguments import default_levels
 from ..data.memory import BatchSize
 from ..interpolation.spline_table import SplineTable
@@ -120,7 +119,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
     def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
         """Return the noise level, from s to t, that the network is told on a jump; NaN where they are out of range."""
         dtype = torch.promote_types(t.dtype, s.dtype if isinstance(s, Tensor) else t.dtype)
-        t, s = self._levels(place(t, self._device, t.dtype), s)
+        t, s = self._levels(t, s)
         rate = self.shift(t, s)[0].clamp(0, 1)
         q: Tensor = t * (-rate * ((t - s) / s).log1p()).exp()
         return q.to(dtype)

@@ -143,8 +143,9 @@ class ElementTable(TableModule):
         at_s = h[0, 1]
         first_mean, last_mean = gauss_mean((h[1:] - at_s).exp())
         ends = first[..., None] * first_mean + torch.where((i == j)[..., None], 0, last[..., None]) * last_mean
-        before_s, after_t = (self.running[:, index] for index in (j, torch.minimum(i + 1, j)))
-        between = (before_s[0] - after_t[0]) + (before_s[1] - after_t[1])
+        # in one gather, and so never by an index of one number, which the host would read
+        high, low = self.running[:, torch.stack([j, torch.minimum(i + 1, j)])]
+        between = (high[0] - high[1]) + (low[0] - low[1])
 
         ln_S = h[0] - ln_L
         return PairIntegrals(

@@ -32,18 +32,18 @@ def float32_tables(polynomials: Tensor, running: Tensor, ends: Tensor) -> dict[s
     """
     powers, _, num = polynomials.shape
     # 1. ln L and ln S at the cells' noisy ends, v = -1, and the polynomials of what they add since.
-    signs = (-1.0) ** torch.arange(powers - 1, -1, -1, dtype=polynomials.dtype)
+    signs = (-1.0) ** torch.arange(powers - 1, -1, -1, dtype=ends.dtype, device=ends.device)
     ln_L, ln_S = start = torch.tensordot(signs, polynomials[:, 1:3], 1)
     cells = polynomials[:, :3].clone()
     cells[-1, 1:] -= start
 
     # 2. The levels of the cells' ends, to twice float32's digits: a level's distance to one is then exact.
-    levels = ends[0] * (ends[1] / ends[0]) ** (torch.arange(num + 1, dtype=ends.dtype) / num)
+    levels = ends[0] * (ends[1] / ends[0]) ** (torch.arange(num + 1, dtype=ends.dtype, device=ends.device) / num)
     high = levels.float()
 
     # 3. What lies between any two cells i and j, formed in float64 and rounded once: ratios of L and of S, and the
     # integral over the whole cells from the clean end of i to the noisy end of j.
-    end = torch.arange(1, num + 1).clamp(max=num - 1)  # of cell i; nothing is behind the last one
+    end = torch.arange(1, num + 1, device=ends.device).clamp(max=num - 1)  # of cell i; nothing is behind the last one
     between = (running[:, 0] - running[end, 0, None]) + (running[:, 1] - running[end, 1, None])
     pairs = ((ln_L[:, None] - ln_L).exp(), (ln_S - ln_S[:, None]).exp(), between.triu(1) * (-ln_L - ln_S).exp())
     return {

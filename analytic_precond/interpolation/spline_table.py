@@ -134,4 +134,4 @@ def recentred(basis: Tensor, half_widths: Tensor) -> Tensor:
     for done in range(degree):  # repeated synthetic division by (v - half)
         for power in range(1, degree + 1 - done):
             result[:, power] += half_widths[:, None] * result[:, power - 1]
-    return result * half_widths[:, None, None] ** torch.arange(degree, -1, -1)[:, None]
+    return result * half_widths[:, None, None] ** torch.arange(degree, -1, -1, device=basis.device)[:, None]

@@ -28,7 +28,7 @@ def karras_noise_levels(num: int, sigma_min: float = 0.002, sigma_max: float = 8
         rho: Exponent, positive; large values put more levels at small noise.
 
     Returns:
-        Decreasing noise levels, float64 of shape ``(num,)``.
+        Decreasing noise levels, float64 of shape ``(num,)``, on the CPU, where the host reads them without waiting.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -42,7 +42,7 @@ def karras_noise_levels(num: int, sigma_min: float = 0.002, sigma_max: float = 8
     check_range(sigma_min, sigma_max)
     check_positive(rho, "rho")
     # scaled by sigma_max so that an extreme rho cannot overflow
-    ramp = torch.linspace(1.0, (sigma_min / sigma_max) ** (1 / rho), num, dtype=torch.float64)
+    ramp = torch.linspace(1.0, (sigma_min / sigma_max) ** (1 / rho), num, dtype=torch.float64, device="cpu")
     return _pin_ends(sigma_max * ramp**rho, sigma_min, sigma_max)
 
 
@@ -55,7 +55,7 @@ def log_noise_levels(num: int = 120, sigma_min: float = 0.002, sigma_max: float 
         sigma_max: Largest noise level, above ``sigma_min``.
 
     Returns:
-        Decreasing noise levels, float64 of shape ``(num,)``.
+        Decreasing noise levels, float64 of shape ``(num,)``, on the CPU, where the host reads them without waiting.
 
     Raises:
         TypeError: If an argument is not a number.
@@ -67,7 +67,7 @@ def log_noise_levels(num: int = 120, sigma_min: float = 0.002, sigma_max: float 
     """
     check_count(num, 2, "num")
     check_range(sigma_min, sigma_max)
-    ln_t = torch.linspace(math.log(sigma_max), math.log(sigma_min), num, dtype=torch.float64)
+    ln_t = torch.linspace(math.log(sigma_max), math.log(sigma_min), num, dtype=torch.float64, device="cpu")
     return _pin_ends(ln_t.exp(), sigma_min, sigma_max)
 
 

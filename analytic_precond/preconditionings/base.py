@@ -37,8 +37,9 @@ class Preconditioning(FixedPrecisionModule):
     """Base of all preconditionings: checks, dtypes and the jump around a subclass's `coefficients`.
 
     Noise levels are floats or floating-point tensors that broadcast against each other, with ``s <= t`` inside the
-    preconditioning's range, to float32 rounding, and finite. Where looking at the values would stall the device (off
-    the CPU) or break a graph (torch.compile, torch.vmap), levels out of range give NaN instead of an error.
+    preconditioning's range, to float32 rounding, and finite. Levels on the CPU go where the tables are, or if there
+    are none, where the other level is. Where looking at the values would stall the device (off the CPU) or break a
+    graph (torch.compile, torch.vmap), levels out of range give NaN instead of an error.
 
     One layout throughout: coefficients have the shape ``(*levels, *coefficient_shape)``. A subclass that has more than
     one pair per jump says its shape, and in `_to_modes` and `_from_modes` what they multiply if not x itself.
@@ -235,6 +236,11 @@ class Preconditioning(FixedPrecisionModule):
     def _for_batch(self, x: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return the coefficients in the widest dtype of x's device, shaped to multiply what `_to_modes` makes of x."""
         scalings = self._wide(one_per_sample(t, x, "t"), one_per_sample(s, x, "s"))
+        if scalings.c_out.device != x.device:
+            raise ValueError(
+                f"x_t must be on {scalings.c_out.device}, as the preconditioning is, got {x.device}: move the "
+                f"preconditioning, or the student around it, by .to('{x.device}')."
+            )
         return scalings if self.coefficient_shape else Scalings(*(expand_to(c, x) for c in scalings))
 
     def _per_jump(self, values: Tensor) -> Tensor:
@@ -247,17 +253,27 @@ class Preconditioning(FixedPrecisionModule):
 
     def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the levels in that dtype and of one shape; t is NaN where they are not valid and nobody may look."""
-        device = None
+        own = device = self._device  # where there are no tables, the levels decide
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):
                 check_level(level, name)
+                if level.device.type == "cpu":
+                    continue
+                if own is not None and level.device != own:
+                    raise ValueError(
+                        f"{name} must be on {own}, as the preconditioning is, or on the CPU, got {level.device}: move "
+                        f"the preconditioning, or the student around it, by .to('{level.device}')."
+                    )
                 device = device or level.device
             elif not isinstance(level, float):
                 raise TypeError(
                     f"{name} must be a noise level (float or floating-point tensor), got {level!r} "
                     f"({type(level).__name__}): write 80.0, or look an index up in a grid."
                 )
-        wide = [place(level, device or self._device, torch.float64) for level in (t, s)]
+        if device is None:
+            given = any(isinstance(level, Tensor) for level in (t, s))
+            device = torch.device("cpu") if given else torch.get_default_device()
+        wide = [place(level, device, torch.float64) for level in (t, s)]
         try:
             here, there = torch.broadcast_tensors(*wide)
         except RuntimeError as error:

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from .._checks import check_count, check_tensor
+from .._precision import place
 
 Generators = Generator | Sequence[Generator] | None
 
@@ -127,7 +128,7 @@ def noise_source(x: Tensor, count: int, generator: Generators, noise: Tensor | N
             f"noise must hold {count} draws, one for each level between the first and sigma_min, shape "
             f"{(count, *x.shape)}, got {tuple(noise.shape)}."
         )
-    return lambda number: noise[number].to(x.device, x.dtype)
+    return lambda number: place(noise[number], x.device, x.dtype)
 
 
 def _check_generators(generator: object, batch: int) -> None:
@@ -157,4 +158,4 @@ def _draw(generators: Sequence[Generator], shape: Sequence[int], device: torch.d
     noise = torch.empty(len(generators), *shape, device=together, dtype=torch.float32)
     for sample, generator in zip(noise, generators, strict=True):
         sample.copy_(torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32))
-    return noise.to(device, dtype)
+    return place(noise, device, dtype)

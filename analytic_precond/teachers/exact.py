@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_tensor
-from .._precision import FixedPrecisionModule, wide_dtype
+from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.per_sample import expand_to
 
 
@@ -42,14 +42,15 @@ class GaussianDenoiser(FixedPrecisionModule):
 
     def __init__(self, variances: Tensor | float, mean: Tensor | float = 0.0) -> None:
         super().__init__()
-        self.register_buffer("variances", _as_parameter(variances, "variances", nonnegative=True))
-        self.register_buffer("mean", _as_parameter(mean, "mean"))
+        device = _device_of(variances, mean)
+        self.register_buffer("variances", _as_parameter(variances, "variances", device, nonnegative=True))
+        self.register_buffer("mean", _as_parameter(mean, "mean", device))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Return the posterior mean. Shapes: ``x`` (B, ...), ``t`` (B,)."""
         _check_samples(x, torch.broadcast_shapes(self.variances.shape, self.mean.shape))
         wide = wide_dtype(x.device)
-        c, mean = self.variances.to(x.device, wide), self.mean.to(x.device, wide)
+        c, mean = (place(b, x.device, wide) for b in (self.variances, self.mean))
         t = expand_to(t, x).to(wide)
         return (mean + c / (c + t**2) * (x.to(wide) - mean)).to(x.dtype)
 
@@ -83,10 +84,10 @@ class GaussianMixtureDenoiser(FixedPrecisionModule):
     def __init__(self, means: Tensor, variances: Tensor | float, weights: Tensor | None = None) -> None:
         super().__init__()
         check_tensor(means, "means")
-        means = _as_parameter(means, "means")
+        means = _as_parameter(means, "means", means.device)
         if means.ndim < 2 or means.numel() == 0:
             raise ValueError(f"means must have shape (K, ...) with K >= 1 components, got {tuple(means.shape)}.")
-        c = _as_parameter(variances, "variances", nonnegative=True)
+        c = _as_parameter(variances, "variances", means.device, nonnegative=True)
         if c.ndim == 1 and c.shape[0] == means.shape[0]:
             c = c.reshape(-1, *[1] * (means.ndim - 1))
         same_rank = c.ndim == means.ndim and all(a in (1, b) for a, b in zip(c.shape, means.shape, strict=True))
@@ -95,7 +96,8 @@ class GaussianMixtureDenoiser(FixedPrecisionModule):
                 f"variances must be a number, of shape ({len(means)},) or broadcast to the means' shape "
                 f"{tuple(means.shape)}, got shape {tuple(c.shape)}."
             )
-        w = _as_parameter(torch.ones(len(means)) if weights is None else weights, "weights", nonnegative=True)
+        given = torch.ones(len(means), device=means.device) if weights is None else weights
+        w = _as_parameter(given, "weights", means.device, nonnegative=True)
         if w.shape != means.shape[:1] or not bool(w.sum() > 0):
             raise ValueError(f"weights must have shape ({len(means)},) and a positive sum, got {w.tolist()}.")
         self.register_buffer("means", means)
@@ -110,7 +112,7 @@ class GaussianMixtureDenoiser(FixedPrecisionModule):
 
         log_r, posterior_means = [], []
         for mean, c, log_weight in zip(
-            *(b.to(x.device, wide) for b in (self.means, self.variances, self.log_weights)), strict=True
+            *(place(b, x.device, wide) for b in (self.means, self.variances, self.log_weights)), strict=True
         ):
             total = c + t**2
             log_density = -0.5 * ((z - mean) ** 2 / total + total.log())
@@ -163,7 +165,7 @@ class EmpiricalDenoiser(FixedPrecisionModule):
         _check_samples(x, self.data.shape[1:])
         wide = wide_dtype(x.device)
         inverse_t2 = expand_to(t, x).to(wide).reshape(-1, 1) ** -2
-        center = self.center.to(x.device, wide)
+        center = place(self.center, x.device, wide)
         z = (x.to(wide) - center).flatten(1)
 
         # softmax over chunks of points: running largest exponent, sum of weights, weighted sum of points
@@ -171,8 +173,8 @@ class EmpiricalDenoiser(FixedPrecisionModule):
         weight_sum, weighted = torch.zeros_like(top), torch.zeros_like(z)
         chunk = max(1, _CHUNK_ELEMENTS // max(len(z), z.shape[1]))
         for points, half_squares in zip(self.data.split(chunk), self.half_squares.split(chunk), strict=True):
-            y = (points.to(x.device, wide) - center).flatten(1)
-            exponent = (z @ y.T - half_squares.to(x.device, wide)) * inverse_t2
+            y = (place(points, x.device, wide) - center).flatten(1)
+            exponent = (z @ y.T - place(half_squares, x.device, wide)) * inverse_t2
             new_top = torch.maximum(top, exponent.detach().amax(1, keepdim=True))
             decay, weight = (top - new_top).exp(), (exponent - new_top).exp()
             weight_sum = weight_sum * decay + weight.sum(1, keepdim=True)
@@ -192,12 +194,17 @@ def _check_samples(x: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"x must hold samples of shape {tuple(shape)}, got x of shape {tuple(x.shape)}.")
 
 
-def _as_parameter(value: Tensor | float, name: str, nonnegative: bool = False) -> Tensor:
-    """Return a private float64 copy of a parameter of the data's law, checked."""
+def _device_of(*values: object) -> torch.device:
+    """Return where the first tensor is, on the CPU without any."""
+    return next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
+
+
+def _as_parameter(value: Tensor | float, name: str, device: torch.device, nonnegative: bool = False) -> Tensor:
+    """Return a private float64 copy of a parameter of the data's law, checked, on a device."""
     if isinstance(value, int | float):
-        value = torch.tensor(float(value))
+        value = torch.tensor(float(value), device=device)
     check_tensor(value, name)
     check_finite(value, name)
     if nonnegative and bool((value < 0).any()):
         raise ValueError(f"{name} must not be negative, got {value.min().item()}.")
-    return value.detach().to(wide_dtype(value.device), copy=True)
+    return value.detach().to(device).to(wide_dtype(device), copy=True)

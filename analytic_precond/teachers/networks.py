@@ -89,8 +89,9 @@ class NetworkDenoiser(NetworkWrapper):
         float_dtype = torch.promote_types(x.dtype, torch.float32)
         z = (expand_to(c_in, x).to(float_dtype) * x).to(self._network_dtype(x.dtype))
 
-        told = {**expanded(self.condition, len(x)), **plain(condition)}
-        output = self._call_network(z, c_noise, on_device(told, z.device))
+        self.condition = on_device(self.condition, z.device)  # stays there: one copy for all calls
+        told = {**expanded(self.condition, len(x)), **on_device(plain(condition), z.device)}
+        output = self._call_network(z, c_noise, told)
         float_dtype = torch.promote_types(float_dtype, output.dtype)
         c_skip, c_out = (expand_to(c, x).to(float_dtype) for c in (c_skip, c_out))
         return (c_skip * x + c_out * output).to(x.dtype)

@@ -20,8 +20,8 @@ def on_files(files: Any, **_: object) -> None:
     _method = files.get_file_from_path("method.md")
     for file in files.documentation_pages():
         if file.src_uri.startswith("api/"):
-            for name in re.findall(r"^::: analytic_precond\.(\w+)", file.content_string, flags=re.MULTILINE):
-                _references[name] = f"{file.url}#analytic_precond.{name}"
+            for path in re.findall(r"^::: (analytic_precond\.[\w.]+)", file.content_string, flags=re.MULTILINE):
+                _references[path.rpartition(".")[2]] = f"{file.url}#{path}"
 
 
 def on_post_page(output: str, *, page: Any, **_: object) -> str:

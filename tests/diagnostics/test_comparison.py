@@ -8,23 +8,26 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from problems import Gaussian
+from problems import gaussian_problem
 from scipy.stats import norm, t
 
 import analytic_precond as ap
 from analytic_precond.diagnostics.comparison import compare_statistics
+from analytic_precond.testing import GaussianProblem
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 LEVELS = ap.log_noise_levels(8, 0.02, 20.0)
 
 
-def estimate(seed: int, num_samples: int = 256, problem: Gaussian = PROBLEM, **more: bool) -> ap.TeacherStatistics:
+def estimate(
+    seed: int, num_samples: int = 256, problem: GaussianProblem = PROBLEM, **more: bool
+) -> ap.TeacherStatistics:
     data = problem.sample(num_samples // 2, seed)
-    return ap.estimate_statistics(problem.denoiser(), data, LEVELS, num_samples, seed=seed, progress=False, **more)
+    return ap.estimate_statistics(problem.denoiser, data, LEVELS, num_samples, seed=seed, progress=False, **more)
 
 
 def test_differences_are_those_of_the_tables() -> None:
-    wide = Gaussian(tuple(2 * c for c in PROBLEM.variances))
+    wide = gaussian_problem(2 * PROBLEM.variances)
     one, other = estimate(0, 4096), estimate(1, 4096, wide)
     found = compare_statistics(one, other)
     assert not found.agree
@@ -37,7 +40,7 @@ def test_differences_are_those_of_the_tables() -> None:
         assert difference.most == pytest.approx(z.max().item(), rel=1e-9)
         assert difference.most_at == (LEVELS[z.argmax()].item(),)
     # S = rms(g) / rms(g)|_T in closed form, of which 4096 samples give each rms to 1.3 %: 4 standard errors
-    ln_S = [np.log(p.g_rms(LEVELS.numpy()) / p.g_rms(20.0)) for p in (PROBLEM, wide)]
+    ln_S = [(p.g_rms(LEVELS) / p.g_rms(20.0)).log().numpy() for p in (PROBLEM, wide)]
     assert found.differences["ln S"].largest == pytest.approx(np.abs(ln_S[0] - ln_S[1]).max(), abs=0.1)
     for index, name in enumerate(("c_skip", "c_out")):
         difference = found.differences[name]
@@ -50,7 +53,7 @@ def test_differences_are_those_of_the_tables() -> None:
 def test_standard_errors_are_those_of_repeated_runs() -> None:
     ends = LEVELS[[2, 5]]  # one jump, so that the largest z is the only one
     runs = [
-        ap.estimate_statistics(PROBLEM.denoiser(), PROBLEM.sample(128, seed), ends, 256, seed=seed, progress=False)
+        ap.estimate_statistics(PROBLEM.denoiser, PROBLEM.sample(128, seed), ends, 256, seed=seed, progress=False)
         for seed in range(32)
     ]
     pairs = [compare_statistics(runs[i], runs[i + 16]) for i in range(16)]
@@ -83,7 +86,7 @@ def test_estimators_of_one_teacher_agree() -> None:
     data = PROBLEM.sample(512, 5)
     parts = [
         ap.estimate_statistics(
-            PROBLEM.denoiser(), data, LEVELS, 1024, l_method=l_method, s_method=s_method, seed=seed, progress=False
+            PROBLEM.denoiser, data, LEVELS, 1024, l_method=l_method, s_method=s_method, seed=seed, progress=False
         )
         for seed, (l_method, s_method) in enumerate((("stein", "jvp"), ("hutchinson", "finite-difference")))
     ]

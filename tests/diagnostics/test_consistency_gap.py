@@ -1,4 +1,4 @@
-"""The consistency gap against closed forms: Gaussian data, whose flow and denoiser are linear per coordinate."""
+"""The consistency gap against closed forms: GaussianProblem data, whose flow and denoiser are linear per coordinate."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ import torch
 from global_rng import global_rng_untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import Gaussian
+from problems import coefficient_tables, gaussian_problem
 from torch import Tensor, nn
 
 import analytic_precond as ap
 from analytic_precond.diagnostics.consistency_gap import ConsistencyGap, GapMap, consistency_gap, gap_map
 from analytic_precond.diagnostics.plots import plot_gap_map
+from analytic_precond.testing import GaussianProblem
 
 _K = np.arange(1, 1025) ** -1.5
-IMAGE_LIKE = Gaussian(tuple((0.25 * _K / _K.mean()).tolist()))  # spectrum of images, mean variance 0.25
-SMALL = Gaussian()
+IMAGE_LIKE = gaussian_problem(tuple((0.25 * _K / _K.mean()).tolist()))  # spectrum of images, mean variance 0.25
+SMALL = gaussian_problem()
 CTM = ap.CTMPreconditioning()
 FORMS = ("CTM", "backward", "forward")
 
@@ -35,19 +36,19 @@ JUMPS: dict[tuple[float, float], tuple[tuple[float, float], ...]] = {
 }
 
 
-def preconditionings(problem: Gaussian) -> dict[str, ap.Preconditioning]:
-    levels, l, s = problem.tables(120)
+def preconditionings(problem: GaussianProblem) -> dict[str, ap.Preconditioning]:
+    levels, l, s = coefficient_tables(problem, 120)
     analytic = ap.AnalyticPreconditioning.from_coefficients
     return {"CTM": CTM, **{form: analytic(levels, l, s, discretization=form) for form in FORMS[1:]}}
 
 
-def typical(problem: Gaussian, t: float) -> Tensor:
+def typical(problem: GaussianProblem, t: float) -> Tensor:
     """One sample of x_t whose squares are their expectations: the RMS of a linear map of it is an expectation."""
-    return (torch.tensor(problem.variances, dtype=torch.float64) + t**2).sqrt()[None]
+    return (problem.variances + t**2).sqrt()[None]
 
 
-def closed_form(problem: Gaussian, t: float, s: float, c_skip: float, c_out: float) -> tuple[float, float]:
-    c = np.asarray(problem.variances)
+def closed_form(problem: GaussianProblem, t: float, s: float, c_skip: float, c_out: float) -> tuple[float, float]:
+    c = problem.variances.numpy()
     x_t, x_s = np.sqrt(c + t**2), np.sqrt(c + s**2)  # the flow carries one to the other
     required = (x_s - c_skip * x_t) / c_out
     gaps = required - c / (c + t**2) * x_t, required - c / (c + s**2) * x_s
@@ -71,7 +72,7 @@ class Counter:
 
 @pytest.mark.parametrize("jump", JUMPS, ids=lambda jump: f"{jump[0]:g} to {jump[1]:g}")
 def test_published_figures_to_four_digits(jump: tuple[float, float]) -> None:
-    teacher = IMAGE_LIKE.denoiser()
+    teacher = IMAGE_LIKE.denoiser
     for expected, precond in zip(JUMPS[jump], preconditionings(IMAGE_LIKE).values(), strict=True):
         gap = consistency_gap(teacher, precond, typical(IMAGE_LIKE, jump[0]), *jump)
         assert round(gap.start.item(), 4) == expected[0]
@@ -84,8 +85,8 @@ def test_published_figures_to_four_digits(jump: tuple[float, float]) -> None:
 def test_agrees_with_the_exact_flow(form: str, jump: tuple[float, float]) -> None:
     """Here the coefficients, too, are not the library's: s/t, or adaptive quadrature of the definitions."""
     t, s = jump
-    c_skip, c_out = (s / t, 1 - s / t) if form == "CTM" else SMALL.jump(t, s, float(form == "backward"))
-    gap = consistency_gap(SMALL.denoiser(), preconditionings(SMALL)[form], typical(SMALL, t), t, s)
+    c_skip, c_out = (s / t, 1 - s / t) if form == "CTM" else map(float, SMALL.jump(t, s, float(form == "backward")))
+    gap = consistency_gap(SMALL.denoiser, preconditionings(SMALL)[form], typical(SMALL, t), t, s)
     # the solver's error in D* is at most 4e-9, measured, for 80 to 5; the analytic coefficients' is the larger
     assert [g.item() for g in gap] == pytest.approx(closed_form(SMALL, t, s, c_skip, c_out), rel=1e-4, abs=2e-5)
 
@@ -95,7 +96,7 @@ def test_fifth_order_in_the_number_of_steps() -> None:
     exact = closed_form(SMALL, t, s, s / t, 1 - s / t)[0]
     steps = np.array([4, 8, 16, 32])
     errors = [
-        abs(consistency_gap(SMALL.denoiser(), CTM, typical(SMALL, t), t, s, num_steps=n).start.item() - exact)
+        abs(consistency_gap(SMALL.denoiser, CTM, typical(SMALL, t), t, s, num_steps=n).start.item() - exact)
         for n in steps.tolist()
     ]
     order = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
@@ -109,8 +110,8 @@ def test_fifth_order_in_the_number_of_steps() -> None:
     st.floats(0.05, 0.9),
 )
 def test_closed_form_for_any_gaussian(variances: list[float], t: float, ratio: float) -> None:
-    problem, s = Gaussian(tuple(variances)), ratio * t
-    gap = consistency_gap(problem.denoiser(), CTM, typical(problem, t), t, s)
+    problem, s = gaussian_problem(tuple(variances)), ratio * t
+    gap = consistency_gap(problem.denoiser, CTM, typical(problem, t), t, s)
     expected = closed_form(problem, t, s, s / t, 1 - s / t)
     size = math.sqrt(max(variances))  # of D; jumps of 20 in t cost the solver digits
     assert [g.item() for g in gap] == pytest.approx(expected, rel=1e-2, abs=1e-4 * size)
@@ -121,7 +122,7 @@ def test_short_jumps_ask_for_the_teacher(form: str) -> None:
     """D* tends to D as s tends to t, linearly, whatever the preconditioning."""
     precond = preconditionings(SMALL)[form]
     short, shorter = (
-        consistency_gap(SMALL.denoiser(), precond, typical(SMALL, 2.0), 2.0, 2.0 * (1 - h)) for h in (1e-2, 1e-3)
+        consistency_gap(SMALL.denoiser, precond, typical(SMALL, 2.0), 2.0, 2.0 * (1 - h)) for h in (1e-2, 1e-3)
     )
     for long_gap, short_gap in zip(short, shorter, strict=True):
         assert long_gap.item() / short_gap.item() == pytest.approx(10, rel=0.02)  # to first order in h
@@ -130,10 +131,10 @@ def test_short_jumps_ask_for_the_teacher(form: str) -> None:
 def test_levels_per_sample_and_batch_rms() -> None:
     t, s = torch.tensor([80.0, 5.0, 1.0]), torch.tensor([5.0, 1.0, 0.1])
     x_t = torch.cat([typical(SMALL, level) for level in t.tolist()])
-    together = consistency_gap(SMALL.denoiser(), CTM, x_t, t, s)
+    together = consistency_gap(SMALL.denoiser, CTM, x_t, t, s)
     assert together.start.shape == together.target.shape == (3,)
     for i in range(3):
-        alone = consistency_gap(SMALL.denoiser(), CTM, x_t[i : i + 1], t[i].item(), s[i : i + 1])
+        alone = consistency_gap(SMALL.denoiser, CTM, x_t[i : i + 1], t[i].item(), s[i : i + 1])
         # 0.1 is float32's here
         torch.testing.assert_close(together.start[i : i + 1], alone.start, rtol=1e-6, atol=0)
         torch.testing.assert_close(together.target[i : i + 1], alone.target, rtol=1e-6, atol=0)
@@ -155,13 +156,13 @@ def test_images_in_half_precision_conditions_and_the_teachers_dtype() -> None:
     assert gap.start.dtype == torch.float64
     assert not gap.start.requires_grad
     # label 1: N(0, 1) data. label 0: all data are 0, the flow is x s/t, and so is CTM's jump
-    expected = closed_form(Gaussian((1.0,)), 2.0, 1.0, 0.5, 0.5)
+    expected = closed_form(gaussian_problem((1.0,)), 2.0, 1.0, 0.5, 0.5)
     for value, size in zip(gap, expected, strict=True):
         assert value.tolist() == pytest.approx([3 / 5**0.5 * size, 0.0], rel=1e-4, abs=1e-6)  # a float32 teacher
 
 
 def test_teacher_evaluations_are_as_documented() -> None:
-    teacher = Counter(SMALL.denoiser())
+    teacher = Counter(SMALL.denoiser)
     consistency_gap(teacher, CTM, typical(SMALL, 2.0).expand(5, -1), 2.0, 1.0, num_steps=4)
     assert teacher.evaluations == 5 * (3 * 4 + 1)
 
@@ -171,26 +172,26 @@ def test_teacher_evaluations_are_as_documented() -> None:
 def test_gpu_agrees() -> None:
     x_t = typical(SMALL, 5.0).expand(2, -1)
     t, s = torch.tensor([5.0, 5.0]), torch.tensor([1.0, 5.0])
-    on_gpu = consistency_gap(SMALL.denoiser().cuda(), CTM, x_t.cuda(), t.cuda(), s.cuda())
+    on_gpu = consistency_gap(SMALL.denoiser.cuda(), CTM, x_t.cuda(), t.cuda(), s.cuda())
     assert on_gpu.start.device.type == "cuda"
     assert bool(torch.isnan(on_gpu.start[1]))  # s = t is not looked for
-    on_cpu = consistency_gap(SMALL.denoiser(), CTM, x_t[:1], t[:1], s[:1])
+    on_cpu = consistency_gap(SMALL.denoiser, CTM, x_t[:1], t[:1], s[:1])
     torch.testing.assert_close(on_gpu.start[:1].cpu(), on_cpu.start, rtol=1e-9, atol=0)
 
 
 # the map
 
 
-def antithetic(problem: Gaussian) -> tuple[Tensor, Tensor]:
+def antithetic(problem: GaussianProblem) -> tuple[Tensor, Tensor]:
     """x_0 and n for which x_0 + t n has squares c + t^2 on average over the two samples, at every t."""
-    x_0 = torch.tensor(problem.variances, dtype=torch.float64).sqrt().repeat(2, 1)
+    x_0 = problem.variances.sqrt().repeat(2, 1)
     return x_0, torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand_as(x_0)
 
 
 def test_map_agrees_with_the_exact_flow() -> None:
     levels = ap.log_noise_levels(6, 0.01, 20.0)
     named = preconditionings(IMAGE_LIKE)
-    gaps = gap_map(IMAGE_LIKE.denoiser(), named, *antithetic(IMAGE_LIKE), levels, num_steps=24, progress=False)
+    gaps = gap_map(IMAGE_LIKE.denoiser, named, *antithetic(IMAGE_LIKE), levels, num_steps=24, progress=False)
     assert gaps.names == FORMS
     assert torch.equal(gaps.levels, levels)
     for p, precond in enumerate(named.values()):
@@ -207,7 +208,7 @@ def test_map_agrees_with_the_exact_flow() -> None:
 def test_default_steps_of_the_map_give_two_digits() -> None:
     """On the grid of ten levels that the documentation speaks of."""
     levels = ap.log_noise_levels(10)
-    gaps = gap_map(IMAGE_LIKE.denoiser(), {"CTM": CTM}, *antithetic(IMAGE_LIKE), levels, progress=False)
+    gaps = gap_map(IMAGE_LIKE.denoiser, {"CTM": CTM}, *antithetic(IMAGE_LIKE), levels, progress=False)
     for i, j in [(0, 1), (0, 9), (3, 5), (8, 9)]:
         t, s = levels[i].item(), levels[j].item()
         expected = closed_form(IMAGE_LIKE, t, s, s / t, 1 - s / t)
@@ -301,7 +302,7 @@ NARROW = ap.AnalyticPreconditioning.from_coefficients(LEVELS, 0 * LEVELS, 0 * LE
 def test_refused_before_the_teacher_is_called(
     call: Callable[..., object], options: dict[str, Any], error: type[Exception], match: str
 ) -> None:
-    counter = Counter(SMALL.denoiser())
+    counter = Counter(SMALL.denoiser)
     if call is not plot_gap_map and "teacher" not in options:
         options = {**options, "teacher": counter}
     with pytest.raises(error, match=match):
@@ -315,7 +316,7 @@ def test_refused_before_the_teacher_is_called(
 @pytest.fixture(scope="module")
 def gaps() -> GapMap:
     levels = ap.log_noise_levels(5)
-    return gap_map(SMALL.denoiser(), preconditionings(SMALL), *antithetic(SMALL), levels, num_steps=2, progress=False)
+    return gap_map(SMALL.denoiser, preconditionings(SMALL), *antithetic(SMALL), levels, num_steps=2, progress=False)
 
 
 def test_heat_maps_show_the_gaps_on_one_scale(gaps: GapMap, tmp_path: Path) -> None:

@@ -14,17 +14,17 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from problems import Gaussian
+from problems import gaussian_problem
 
 import analytic_precond as ap
 from analytic_precond.diagnostics.plots import plot_preconditioning, plot_statistics
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 LEVELS = ap.log_noise_levels(24)
 
 
 def gaussian_statistics(num_samples: int = 256, seed: int = 0) -> ap.TeacherStatistics:
-    variances = torch.tensor(PROBLEM.variances, dtype=torch.float64)
+    variances = PROBLEM.variances
     generator = torch.Generator().manual_seed(3)
     data = torch.randn(num_samples, len(variances), dtype=torch.float64, generator=generator) * variances.sqrt()
     teacher = ap.GaussianDenoiser(variances)

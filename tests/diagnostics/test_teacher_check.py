@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from global_rng import global_rng_untouched
-from problems import Gaussian, ScalarMixture
+from problems import gaussian_problem, mixture_problem
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -18,6 +18,7 @@ import analytic_precond as ap
 from analytic_precond.data.arguments import name_of
 from analytic_precond.diagnostics.teacher_check import check_teacher
 from analytic_precond.diagnostics.teacher_report import LevelCheck, TeacherReport
+from analytic_precond.testing import GaussianProblem, MixtureProblem
 
 DIGITS = torch.from_numpy(load_digits().images[:400]).float().flatten(1) / 8 - 1  # in [-1, 1]
 LEVELS = ap.log_noise_levels(24)
@@ -79,9 +80,9 @@ def trained() -> MLP:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("problem", [Gaussian(), ScalarMixture()], ids=["Gaussian", "mixture"])
-def test_exact_teachers_are_consistent(problem: Gaussian | ScalarMixture, seed: int) -> None:
-    report = check_teacher(problem.denoiser(), problem.sample(1024, seed), seed=seed, progress=False)
+@pytest.mark.parametrize("problem", [gaussian_problem(), mixture_problem()], ids=["Gaussian", "mixture"])
+def test_exact_teachers_are_consistent(problem: GaussianProblem | MixtureProblem, seed: int) -> None:
+    report = check_teacher(problem.denoiser, problem.sample(1024, seed), seed=seed, progress=False)
     assert report.verdict == "consistent", str(report)
 
 
@@ -241,9 +242,9 @@ def test_posterior_variance_against_the_error_itself(trained: MLP) -> None:
 
 def test_standard_errors_cover_the_truth() -> None:
     """Of l_t - E|x_0 - D|^2 / (d t^2), which is 0 for an exact teacher: |z| < 1.96 in 95 % of runs."""
-    problem, levels, inside = Gaussian(), ap.log_noise_levels(6), []
+    problem, levels, inside = gaussian_problem(), ap.log_noise_levels(6), []
     for seed in range(20):
-        slope = check(problem.denoiser(), problem.sample(256, seed), levels, seed=seed).slope
+        slope = check(problem.denoiser, problem.sample(256, seed), levels, seed=seed).slope
         inside.append(((slope.value - slope.expected).abs() < 1.96 * slope.stderr).double().mean().item())
     # levels of one run are correlated: 20 independent runs of probability 0.95 have standard error 0.05
     assert np.mean(inside) == pytest.approx(0.95, abs=0.1)
@@ -335,7 +336,7 @@ def test_text_counts_levels_and_names_where() -> None:
 
 
 def test_too_few_samples_to_tell() -> None:
-    report = check(ScalarMixture().denoiser(), ScalarMixture().sample(64, 0), num_samples=32)
+    report = check(mixture_problem().denoiser, mixture_problem().sample(64, 0), num_samples=32)
     assert bool(report.slope.unclear.any() | report.transport.unclear.any())
     assert "take more samples" in str(report)
 

@@ -8,35 +8,35 @@ import numpy as np
 import pytest
 import torch
 from global_rng import global_rng_untouched
-from problems import Gaussian
+from problems import gaussian_problem
 from torch import Tensor, nn
 
 import analytic_precond as ap
 from analytic_precond.diagnostics.trajectory_alignment import TrajectoryAlignment, trajectory_alignment
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 LEVELS = ap.karras_noise_levels(8)
-VARIANCES = np.asarray(PROBLEM.variances)
+VARIANCES = PROBLEM.variances.numpy()
 
 
 def start(dtype: torch.dtype = torch.float64) -> Tensor:
     """One sample whose squares are their expectations at the first level."""
-    return (torch.tensor(PROBLEM.variances, dtype=torch.float64) + LEVELS[0] ** 2).sqrt()[None].to(dtype)
+    return (PROBLEM.variances + LEVELS[0] ** 2).sqrt()[None].to(dtype)
 
 
 def exact_student(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    c = torch.tensor(PROBLEM.variances, dtype=x_t.dtype)
+    c = PROBLEM.variances.to(x_t.dtype)
     return ((c + s[:, None] ** 2) / (c + t[:, None] ** 2)).sqrt() * x_t
 
 
 def euler_student(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    return ap.CTMPreconditioning().jump(x_t, PROBLEM.denoiser()(x_t, t), t, s)
+    return ap.CTMPreconditioning().jump(x_t, PROBLEM.denoiser(x_t, t), t, s)
 
 
 def test_perfect_student_has_no_errors_but_the_solvers() -> None:
     worst = []
     for num_steps in (8, 16, 32):
-        errors = trajectory_alignment(PROBLEM.denoiser(), exact_student, start(), LEVELS, num_steps=num_steps)
+        errors = trajectory_alignment(PROBLEM.denoiser, exact_student, start(), LEVELS, num_steps=num_steps)
         assert errors.from_start_relative is not None
         worst.append(max(errors.from_start_relative.max().item(), errors.to_end_relative.max().item()))
     assert worst[-1] < 1e-10  # measured: 3.2e-11
@@ -46,7 +46,7 @@ def test_perfect_student_has_no_errors_but_the_solvers() -> None:
 
 def test_untrained_ctm_student_in_closed_form() -> None:
     """The teacher's own denoiser in CTM's Euler jump: x_s = (s/t + (1 - s/t) w_t) x_t with w = c / (c + t^2)."""
-    errors = trajectory_alignment(PROBLEM.denoiser(), euler_student, start(), LEVELS, num_steps=32)
+    errors = trajectory_alignment(PROBLEM.denoiser, euler_student, start(), LEVELS, num_steps=32)
     assert torch.equal(errors.levels, LEVELS)
     size = {t: np.sqrt(VARIANCES + t**2) for t in LEVELS.tolist()}  # of x_t, per element
 
@@ -108,7 +108,7 @@ def test_dtypes_that_students_and_the_report_get() -> None:
         return x_t
 
     x = start(torch.bfloat16).expand(3, -1)
-    errors = trajectory_alignment(PROBLEM.denoiser(), student, x, LEVELS.float())
+    errors = trajectory_alignment(PROBLEM.denoiser, student, x, LEVELS.float())
     assert seen == {(torch.bfloat16, torch.float32, torch.float32, (3,), (3,))}
     assert errors.to_end.dtype == errors.levels.dtype == torch.float64
     # a student that does nothing is off by the distance to the end, nearly all of x
@@ -123,7 +123,7 @@ class Counter:
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         self.evaluations += len(x)
-        return PROBLEM.denoiser()(x, t)
+        return PROBLEM.denoiser(x, t)
 
 
 def test_teacher_evaluations_are_as_documented() -> None:

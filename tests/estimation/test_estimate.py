@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from problems import Gaussian, ScalarMixture
+from problems import gaussian_problem, mixture_problem
 from torch import Tensor, nn
 
 import analytic_precond as ap
@@ -29,11 +29,11 @@ def z_scores(stats: ap.TeacherStatistics, truth: dict[str, Tensor]) -> dict[str,
 
 @pytest.mark.parametrize(("l_method", "s_method"), METHOD_PAIRS)
 def test_every_estimator_finds_the_gaussian(l_method: str, s_method: str) -> None:
-    problem, levels = Gaussian(), ap.log_noise_levels()
+    problem, levels = gaussian_problem(), ap.log_noise_levels()
     stats = ap.estimate_statistics(
-        problem.denoiser(), problem.sample(512, seed=0), levels, 1024, 512, l_method, s_method, progress=False
+        problem.denoiser, problem.sample(512, seed=0), levels, 1024, 512, l_method, s_method, progress=False
     )
-    truth = {name: torch.from_numpy(getattr(problem, name)(levels.numpy())) for name in RESULTS}
+    truth = {name: getattr(problem, name)(levels) for name in RESULTS}
     for name, z in z_scores(stats, truth).items():
         # 120 correlated levels, a fixed seed: 4.5 standard errors is one chance in 1e5 per level
         assert z.abs().max() < 4.5, (name, z)
@@ -43,13 +43,11 @@ def test_every_estimator_finds_the_gaussian(l_method: str, s_method: str) -> Non
 
 @pytest.mark.parametrize("intercept", [False, True])
 def test_mixture_with_and_without_intercept(intercept: bool) -> None:
-    problem, levels = ScalarMixture(), ap.log_noise_levels(60)
+    problem, levels = mixture_problem(), ap.log_noise_levels(60)
     stats = ap.estimate_statistics(
-        problem.denoiser(), problem.sample(4096, seed=0), levels, 8192, 4096, intercept=intercept, progress=False
+        problem.denoiser, problem.sample(4096, seed=0), levels, 8192, 4096, intercept=intercept, progress=False
     )
-    l, g_rms = np.array([problem.coefficients(t, intercept) for t in levels.tolist()]).T
-    s = np.array([problem.s(t, intercept) for t in levels.tolist()])
-    truth = {name: torch.from_numpy(v) for name, v in (("l", l), ("g_rms", g_rms), ("s", s))}
+    truth = {"l": problem.l(levels), "g_rms": problem.g_rms(levels, intercept), "s": problem.s(levels, intercept)}
     for name, z in z_scores(stats, truth).items():
         assert z.abs().max() < 4.5, (name, z)
 
@@ -61,17 +59,17 @@ def test_mixture_with_and_without_intercept(intercept: bool) -> None:
 )
 def test_standard_errors_are_calibrated(l_method: str, s_method: str, intercept: bool) -> None:
     """Over 200 repeats, 90 to 99 % of the 95 % intervals cover the truth, at every level."""
-    problem, levels = ScalarMixture(), ap.log_noise_levels(24, sigma_min=0.05, sigma_max=10.0)
-    truth = np.array([(*problem.coefficients(t, intercept), problem.s(t, intercept)) for t in levels.tolist()]).T
+    problem, levels = mixture_problem(), ap.log_noise_levels(24, sigma_min=0.05, sigma_max=10.0)
+    truth = problem.l(levels), problem.g_rms(levels, intercept), problem.s(levels, intercept)
     covered = np.zeros((3, len(levels)))
     repeats = 200
     for seed in range(repeats):
         stats = ap.estimate_statistics(
-            problem.denoiser(), problem.sample(2048, seed), levels, 4096, 2048, l_method, s_method,
+            problem.denoiser, problem.sample(2048, seed), levels, 4096, 2048, l_method, s_method,
             seed=seed, intercept=intercept, progress=False,
         )  # fmt: skip
         for row, name in enumerate(RESULTS):
-            error = np.abs(getattr(stats, name).numpy() - truth[row])
+            error = (getattr(stats, name) - truth[row]).abs().numpy()
             covered[row] += error < 1.96 * getattr(stats, f"{name}_stderr").numpy()
     coverage = covered / repeats
     assert (coverage >= 0.90).all(), coverage.min(1)
@@ -97,12 +95,13 @@ def test_isotropic_gaussian_has_no_remainder(l_method: str, s_method: str, inter
 
 
 def test_intercept_takes_a_large_mean_out_of_the_remainder() -> None:
-    problem, mean = Gaussian(), torch.tensor([30.0, -20.0, 10.0, 5.0, -40.0, 25.0], dtype=torch.float64)
+    mean = torch.tensor([30.0, -20.0, 10.0, 5.0, -40.0, 25.0], dtype=torch.float64)
     levels = ap.log_noise_levels(40)
 
     def run(mean: Tensor | float, intercept: bool) -> ap.TeacherStatistics:
-        data = problem.sample(512, seed=0, mean=mean)
-        return ap.estimate_statistics(problem.denoiser(mean), data, levels, 1024, intercept=intercept, progress=False)
+        problem = gaussian_problem(mean=mean)
+        data = problem.sample(512, seed=0)
+        return ap.estimate_statistics(problem.denoiser, data, levels, 1024, intercept=intercept, progress=False)
 
     plain, centred, shifted = run(mean, False), run(mean, True), run(0.0, True)
     # the same noise and order: centring makes the shift disappear, to rounding of 40^2 beside g^2 = 1e-8 or so
@@ -120,20 +119,20 @@ def test_intercept_takes_a_large_mean_out_of_the_remainder() -> None:
 
 
 def test_odd_num_samples_and_too_few_for_an_error() -> None:
-    problem = Gaussian()
-    stats = ap.estimate_statistics(problem.denoiser(), problem.sample(5, 0), num_samples=7, progress=False)
+    problem = gaussian_problem()
+    stats = ap.estimate_statistics(problem.denoiser, problem.sample(5, 0), num_samples=7, progress=False)
     assert stats.num_samples == 6
-    single = ap.estimate_statistics(problem.denoiser(), problem.sample(5, 0), num_samples=2, progress=False)
+    single = ap.estimate_statistics(problem.denoiser, problem.sample(5, 0), num_samples=2, progress=False)
     assert bool(torch.isinf(single.l_stderr).all())
     assert bool(torch.isfinite(single.l).all())
 
 
 def test_float32_teacher_agrees_with_float64() -> None:
-    problem = Gaussian((1.0, 0.25, 0.05))
+    problem = gaussian_problem((1.0, 0.25, 0.05))
     data = problem.sample(256, 0)
     levels = ap.log_noise_levels(30)
     wide, narrow = (
-        ap.estimate_statistics(problem.denoiser(), x, levels, 512, progress=False) for x in (data, data.float())
+        ap.estimate_statistics(problem.denoiser, x, levels, 512, progress=False) for x in (data, data.float())
     )
     # a float32 teacher's rounding, 6e-8 of x, divided by the probe 2 t n
     torch.testing.assert_close(narrow.l, wide.l, rtol=1e-5, atol=1e-6)
@@ -237,21 +236,21 @@ def test_teacher_that_hides_its_network_from_autograd_is_refused() -> None:
 @pytest.mark.parametrize("s_method", ["jvp", "finite-difference"])
 def test_autodiff_s_on_coarse_grids(levels: Tensor, s_method: str) -> None:
     """l' is a derivative between levels: through ln(l / (1 - l)) it survives 40 of them, equal in lambda or not."""
-    problem = Gaussian((3.0, 0.5, 0.02))
+    problem = gaussian_problem((3.0, 0.5, 0.02))
     stats = ap.estimate_statistics(
-        problem.denoiser(), problem.sample(512, 0), levels, 1024, 512, "exact", s_method, progress=False
+        problem.denoiser, problem.sample(512, 0), levels, 1024, 512, "exact", s_method, progress=False
     )
-    error = (stats.s - torch.from_numpy(problem.s(levels.numpy()))).abs()
+    error = (stats.s - problem.s(levels)).abs()
     # 0.005 for the interpolation of l (0.0004 by an independent calculation with exact l), 3 before
     assert (error < 4.5 * stats.s_stderr + 0.005).all(), error.max()
 
 
 def test_half_precision_data_are_noised_in_float32() -> None:
-    problem = Gaussian((1.0, 0.25, 0.05))
+    problem = gaussian_problem((1.0, 0.25, 0.05))
     data = problem.sample(256, 0).bfloat16()
     levels = ap.log_noise_levels(30)
     half, full = (
-        ap.estimate_statistics(problem.denoiser(), x, levels, 512, progress=False) for x in (data, data.float())
+        ap.estimate_statistics(problem.denoiser, x, levels, 512, progress=False) for x in (data, data.float())
     )
     assert torch.equal(half.l, full.l)
     assert torch.equal(half.g_rms, full.g_rms)
@@ -273,12 +272,12 @@ def test_memory_format_of_the_data_does_not_matter(l_method: str) -> None:
 @pytest.mark.parametrize("variances", [(1e4, 2500.0, 100.0), (1e-4, 3e-5, 1e-6)], ids=["large", "small"])
 def test_data_of_any_scale(variances: tuple[float, ...], s_method: str) -> None:
     """At t = 0.002 the large data's remainder is 1e-10 of D, which a square of D could not hold."""
-    problem, levels = Gaussian(variances), ap.log_noise_levels()
+    problem, levels = gaussian_problem(variances), ap.log_noise_levels()
     stats = ap.estimate_statistics(
-        problem.denoiser(), problem.sample(512, 0), levels, 1024, 512, "exact", s_method, progress=False
+        problem.denoiser, problem.sample(512, 0), levels, 1024, 512, "exact", s_method, progress=False
     )
     assert (stats.g_rms > 0).all()
-    truth = {name: torch.from_numpy(getattr(problem, name)(levels.numpy())) for name in RESULTS}
+    truth = {name: getattr(problem, name)(levels) for name in RESULTS}
     relative = (stats.g_rms / truth["g_rms"] - 1).abs()
     assert (relative < 4.5 * stats.g_rms_stderr / truth["g_rms"] + 1e-5).all(), relative.max()
     # 0.002: l' between 120 levels where 1 - l is 1e-10, and the rounding of D's differences

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from global_rng import global_rng_untouched
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Array, Gaussian, ScalarMixture
+from problems import Array, gaussian_problem, mixture_problem
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from analytic_precond.ode.trajectories import Start, trajectory
 from analytic_precond.preconditionings.base import Scalings
 from analytic_precond.teachers.denoiser import Denoiser
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 
 
 def best_jump(variances: Array, t: Array | float, s: Array | float) -> tuple[Array, Array]:
@@ -61,7 +62,7 @@ def exact_gaussian(variances: Array, num_levels: int) -> LeastSquaresPreconditio
 
 @pytest.fixture(scope="module")
 def gaussian() -> LeastSquaresPreconditioning:
-    return exact_gaussian(np.array(PROBLEM.variances), 40)
+    return exact_gaussian(PROBLEM.variances.numpy(), 40)
 
 
 def random_jumps(num: int, seed: int) -> tuple[Array, Array]:
@@ -76,7 +77,7 @@ def random_jumps(num: int, seed: int) -> tuple[Array, Array]:
     return np.exp(t).clip(0.002, 80), np.exp(s).clip(0.002)
 
 
-# the Gaussian of `Gaussian()`: coefficients, and the RMS miss of the untrained jump, this and CTM's
+# the Gaussian of `problems.gaussian_problem()`: coefficients, and the RMS miss of the untrained jump, this and CTM's
 KNOWN = [
     (80.0, 5.0, 0.062508263, 7.6717213, 0.00097, 0.142),
     (80.0, 0.002, 0.0029085515, 37.051322, 0.175, 0.919),
@@ -92,7 +93,7 @@ class TestGaussian:
         self, gaussian: LeastSquaresPreconditioning, t: float, s: float, skip: float, out: float, miss: float,
         ctm_miss: float,
     ) -> None:  # fmt: skip
-        c = np.array(PROBLEM.variances)
+        c = PROBLEM.variances.numpy()
         np.testing.assert_allclose(best_jump(c, t, s), (skip, out), rtol=3e-8)  # eight digits are given
         c_skip, c_out = (v.item() for v in gaussian(t, s))
         # 40 levels: 1e-5 from the ODE and the splines, 2e-5 in the small c_skip of long jumps
@@ -108,10 +109,10 @@ class TestGaussian:
 
     @pytest.mark.parametrize(
         "variances",
-        [PROBLEM.variances, tuple(np.arange(1.0, 65) ** -1.5), (25.0, 1e-2, 1e-6), (1.0, 0.9)],
+        [PROBLEM.variances.tolist(), tuple(np.arange(1.0, 65) ** -1.5), (25.0, 1e-2, 1e-6), (1.0, 0.9)],
         ids=["six", "images", "spread", "alike"],
     )
-    def test_closed_form_between_all_levels(self, variances: tuple[float, ...]) -> None:
+    def test_closed_form_between_all_levels(self, variances: Sequence[float]) -> None:
         c = np.array(variances)
         t, s = random_jumps(2000, 0)
         skip, out = best_jump(c, t, s)
@@ -122,19 +123,19 @@ class TestGaussian:
     def test_error_falls_with_the_fifth_power_of_the_steps(self) -> None:
         """Dormand and Prince's order; the quintic splines' is sixth."""
         t, s = random_jumps(500, 1)
-        _, out = best_jump(np.array(PROBLEM.variances), t, s)
+        _, out = best_jump(PROBLEM.variances.numpy(), t, s)
         errors = []
         for num in (30, 60):
-            _, c_out = exact_gaussian(np.array(PROBLEM.variances), num)(torch.from_numpy(t), torch.from_numpy(s))
+            _, c_out = exact_gaussian(PROBLEM.variances.numpy(), num)(torch.from_numpy(t), torch.from_numpy(s))
             errors.append(np.abs(c_out.numpy() / out - 1).max())
         assert math.log(errors[0] / errors[1]) / math.log(59 / 29) > 4.5
 
     def test_sampled_fit_is_within_its_standard_errors(self) -> None:
-        precond = LeastSquaresPreconditioning.fit(PROBLEM.denoiser(), PROBLEM.sample(1024, 0), progress=False)
+        precond = LeastSquaresPreconditioning.fit(PROBLEM.denoiser, PROBLEM.sample(1024, 0), progress=False)
         grid = precond.levels
         t, s = (v[torch.ones(40, 40).triu(1) > 0].numpy() for v in torch.meshgrid(grid, grid, indexing="ij"))
         upper = torch.ones(40, 40).triu(1) > 0
-        expected = best_jump(np.array(PROBLEM.variances), t, s)
+        expected = best_jump(PROBLEM.variances.numpy(), t, s)
         got = precond(torch.from_numpy(t), torch.from_numpy(s))
         for value, truth, error in zip(got, expected, precond.standard_errors, strict=True):
             z = (value.numpy() - truth) / error[upper].numpy()
@@ -146,7 +147,7 @@ class TestGaussian:
         levels = ap.log_noise_levels(8, 0.01, 20.0)
         fits = [
             LeastSquaresPreconditioning.fit(
-                PROBLEM.denoiser(), PROBLEM.sample(128, seed), levels, 128, seed=seed, progress=False
+                PROBLEM.denoiser, PROBLEM.sample(128, seed), levels, 128, seed=seed, progress=False
             )
             for seed in range(40)
         ]
@@ -173,10 +174,10 @@ def test_white_gaussian_keeps_the_euler_share_and_follows_the_flow() -> None:
 
 def test_ordinary_least_squares_on_stored_trajectories() -> None:
     """A mixture of Gaussians, regressed by numpy on the states and outputs themselves."""
-    problem, levels = ScalarMixture(), ap.log_noise_levels(12, 0.05, 10.0)
+    problem, levels = mixture_problem(), ap.log_noise_levels(12, 0.05, 10.0)
     x_T = problem.sample(300, 0) + 10 * torch.randn(300, 1, generator=torch.Generator().manual_seed(1)).double()
-    precond = from_one_start(problem.denoiser(), x_T, levels)
-    states = list(trajectory(problem.denoiser(), Start(0, x_T, torch.float64, {}), levels.tolist()))
+    precond = from_one_start(problem.denoiser, x_T, levels)
+    states = list(trajectory(problem.denoiser, Start(0, x_T, torch.float64, {}), levels.tolist()))
     for i in range(11):
         x, removed = states[i]
         design = torch.cat([x, x - removed], 1).numpy()
@@ -192,7 +193,7 @@ def test_trajectories_have_the_fifth_order() -> None:
     errors = []
     for num in (30, 60):
         levels = ap.log_noise_levels(num)
-        *_, (x, _) = trajectory(PROBLEM.denoiser(), Start(0, x_T, torch.float64, {}), levels.tolist())
+        *_, (x, _) = trajectory(PROBLEM.denoiser, Start(0, x_T, torch.float64, {}), levels.tolist())
         errors.append((x - PROBLEM.flow(x_T, 80.0, 0.002)).norm().item())
     assert 4.5 < math.log(errors[0] / errors[1]) / math.log(59 / 29) < 6.5
 
@@ -257,7 +258,7 @@ class TestStructure:
     def test_near_the_diagonal_no_digit_is_lost(self, gaussian: LeastSquaresPreconditioning) -> None:
         t = torch.tensor([80.0, 3.7, 0.5, 0.0031])
         s = t * (1 - 2e-4)  # what float32 levels are, not what they were meant to be, counts
-        _, expected = best_jump(np.array(PROBLEM.variances), t.double().numpy(), s.double().numpy())
+        _, expected = best_jump(PROBLEM.variances.numpy(), t.double().numpy(), s.double().numpy())
         np.testing.assert_allclose(gaussian(t, s).c_out.numpy(), expected, rtol=1e-6)
 
     def test_derivatives(self, gaussian: LeastSquaresPreconditioning) -> None:
@@ -297,7 +298,7 @@ class TestStructure:
 
     def test_students(self, gaussian: LeastSquaresPreconditioning) -> None:
         """A student that is its teacher jumps with the closed form's coefficients."""
-        c = torch.tensor(PROBLEM.variances)
+        c = PROBLEM.variances.float()
         v = 0.25
 
         def network(x: Tensor, c_noise: Tensor, *_: Tensor) -> Tensor:
@@ -318,7 +319,7 @@ class TestFit:
     levels = ap.log_noise_levels(8, 0.01, 20.0)
 
     def fit(self, denoiser: Denoiser | None = None, data: object = None, **options: Any) -> LeastSquaresPreconditioning:
-        denoiser = PROBLEM.denoiser() if denoiser is None else denoiser
+        denoiser = PROBLEM.denoiser if denoiser is None else denoiser
         data = PROBLEM.sample(64, 0) if data is None else data
         options = {"levels": self.levels, "num_trajectories": 64, "progress": False} | options
         return LeastSquaresPreconditioning.fit(denoiser, data, **options)
@@ -340,7 +341,7 @@ class TestFit:
         def denoiser(x: Tensor, t: Tensor) -> Tensor:
             nonlocal passes
             passes += len(x)
-            return PROBLEM.denoiser()(x, t)
+            return PROBLEM.denoiser(x, t)
 
         assert self.fit(denoiser).header.num_trajectories == 64
         assert passes == 64 * (6 * 8 - 5)
@@ -370,7 +371,7 @@ class TestFit:
         for num in (2, 3, 5, 6, 7):
             levels = ap.log_noise_levels(num, 0.5, 5.0)
             c_skip, c_out = self.fit(levels=levels)(levels[0].item(), levels[1:])
-            skip, out = best_jump(np.array(PROBLEM.variances), 5.0, levels[1:].numpy())
+            skip, out = best_jump(PROBLEM.variances.numpy(), 5.0, levels[1:].numpy())
             # one step of ln 10 is long, and 64 trajectories are few
             np.testing.assert_allclose(c_out.numpy(), out, rtol=0.2)
             np.testing.assert_allclose(c_skip.numpy(), skip, rtol=0.2)
@@ -418,7 +419,7 @@ class TestFile:
     @pytest.fixture
     def precond(self) -> LeastSquaresPreconditioning:
         return LeastSquaresPreconditioning.fit(
-            PROBLEM.denoiser(), PROBLEM.sample(16, 0), ap.log_noise_levels(7, 0.01, 20.0), 16, sigma_data=0.7,
+            PROBLEM.denoiser, PROBLEM.sample(16, 0), ap.log_noise_levels(7, 0.01, 20.0), 16, sigma_data=0.7,
             progress=False, description="six Gaussians",
         )  # fmt: skip
 
@@ -503,8 +504,8 @@ class TestFile:
 def test_cuda(gaussian: LeastSquaresPreconditioning) -> None:
     data = PROBLEM.sample(64, 0)
     options: dict[str, Any] = {"levels": ap.log_noise_levels(8, 0.01, 20.0), "num_trajectories": 64, "progress": False}
-    here = LeastSquaresPreconditioning.fit(PROBLEM.denoiser(), data, **options)
-    there = LeastSquaresPreconditioning.fit(PROBLEM.denoiser().cuda(), data, **options)
+    here = LeastSquaresPreconditioning.fit(PROBLEM.denoiser, data, **options)
+    there = LeastSquaresPreconditioning.fit(PROBLEM.denoiser.cuda(), data, **options)
     torch.testing.assert_close(there(5.0, 1.0), here(5.0, 1.0), rtol=1e-9, atol=0)
     t, s = (torch.from_numpy(v).cuda() for v in random_jumps(100, 0))
     for a, b in zip(gaussian.cuda()(t, s), gaussian.cpu()(t.cpu(), s.cpu()), strict=True):

@@ -15,7 +15,7 @@ import torch
 from global_rng import global_rng_untouched
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Array, Gaussian, ScalarMixture
+from problems import Array, gaussian_problem, mixture_problem
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from scipy.optimize import minimize_scalar
@@ -33,7 +33,7 @@ from analytic_precond.ode.trajectories import Start
 from analytic_precond.preconditionings.base import Preconditioning
 from analytic_precond.teachers.denoiser import Denoiser
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 IMAGES = np.arange(1.0, 65) ** -1.5  # variances of an image-like spectrum
 HEADER = FitHeader(1, 0, (1,), "float64", "a test")
 
@@ -121,17 +121,17 @@ class TestGaussian:
 
 def test_ordinary_least_squares_on_the_answers_themselves() -> None:
     """A mixture of Gaussians: at each pair of levels, numpy regresses on D asked at the table's level."""
-    problem, levels = ScalarMixture(), ap.log_noise_levels(16, 0.02, 20.0)
+    problem, levels = mixture_problem(), ap.log_noise_levels(16, 0.02, 20.0)
     x_T = problem.sample(400, 0) + 20 * torch.randn(400, 1, generator=torch.Generator().manual_seed(1)).double()
-    precond = from_one_start(problem.denoiser(), x_T, levels)
+    precond = from_one_start(problem.denoiser, x_T, levels)
     states = [x_T]
     for t, s in pairwise(levels):
         grid = torch.linspace(t.item() ** (1 / 7), s.item() ** (1 / 7), 33, dtype=torch.float64) ** 7
-        states.append(ap.solve_ode(problem.denoiser(), states[-1], grid))
+        states.append(ap.solve_ode(problem.denoiser, states[-1], grid))
     for i, j in [(0, 15), (0, 6), (3, 12), (5, 15), (8, 13)]:
         t, s = levels[i].expand(400), levels[j].expand(400)
         x, q = precond.query(states[i], t, s)
-        design = torch.cat([states[i], problem.denoiser()(x, q)], 1).numpy()
+        design = torch.cat([states[i], problem.denoiser(x, q)], 1).numpy()
         best, (square,), *_ = np.linalg.lstsq(design, states[j][:, 0].numpy(), rcond=None)
         got = np.array([c[0].item() for c in precond(t, s)])
         miss = np.square(design @ got - states[j][:, 0].numpy()).sum()
@@ -283,13 +283,13 @@ class TestFit:
         def counting(x: Tensor, t: Tensor) -> Tensor:
             nonlocal seen
             seen += len(x)
-            return PROBLEM.denoiser()(x, t)
+            return PROBLEM.denoiser(x, t)
 
         with global_rng_untouched():
             fit = ShiftedPreconditioning.fit(counting, data, levels, 50, batch_size=16, progress=False)
         assert seen == 50 * (6 * 12 - 5 + 12 * 11 // 2)
-        again = ShiftedPreconditioning.fit(PROBLEM.denoiser(), data, levels, 50, batch_size=50, progress=False)
-        other = ShiftedPreconditioning.fit(PROBLEM.denoiser(), data, levels, 50, seed=1, progress=False)
+        again = ShiftedPreconditioning.fit(PROBLEM.denoiser, data, levels, 50, batch_size=50, progress=False)
+        other = ShiftedPreconditioning.fit(PROBLEM.denoiser, data, levels, 50, seed=1, progress=False)
         t, s = torch.meshgrid(levels, levels, indexing="ij")
         t, s = t[t > s], s[t > s]
         for ours, same, different in zip(fit(t, s), again(t, s), other(t, s), strict=True):
@@ -303,11 +303,11 @@ class TestFit:
         def small(x: Tensor, t: Tensor) -> Tensor:
             if len(x) > 20 and t[0] < 1:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-            return PROBLEM.denoiser()(x, t)
+            return PROBLEM.denoiser(x, t)
 
         fits = [
             ShiftedPreconditioning.fit(teacher, data, levels, 50, batch_size, progress=False)
-            for teacher, batch_size in ((small, "auto"), (PROBLEM.denoiser(), 16))
+            for teacher, batch_size in ((small, "auto"), (PROBLEM.denoiser, 16))
         ]
         t, s = torch.tensor([10.0, 1.0]), torch.tensor([0.5, 0.1])
         for ours, theirs in zip(*(fit(t, s) for fit in fits), strict=True):
@@ -323,7 +323,7 @@ class TestFit:
                 assert torch.equal(mine, theirs)
             assert torch.equal(images.network_level(t, s), other.network_level(t, s))
 
-        fresh = exact_gaussian(np.array(PROBLEM.variances))
+        fresh = exact_gaussian(PROBLEM.variances.numpy())
         fresh.load_state_dict(images.state_dict())
         assert torch.equal(images.network_level(t, s), fresh.network_level(t, s))
 
@@ -340,10 +340,10 @@ class TestFit:
     def test_bad_input(self) -> None:
         data = PROBLEM.sample(8, 0)
         with pytest.raises(ValueError, match="sigma_data must be positive"):
-            ShiftedPreconditioning.fit(PROBLEM.denoiser(), data, sigma_data=0.0, progress=False)
+            ShiftedPreconditioning.fit(PROBLEM.denoiser, data, sigma_data=0.0, progress=False)
         for levels in (ap.log_noise_levels(12), torch.tensor([2.0, 1.01, 1.0])):
             with pytest.raises(ValueError, match=r"at least a factor of 1.05 and at most one of 2.0 apart, got"):
-                ShiftedPreconditioning.fit(PROBLEM.denoiser(), data, levels, progress=False)
+                ShiftedPreconditioning.fit(PROBLEM.denoiser, data, levels, progress=False)
         with pytest.raises(TypeError, match="denoiser must be callable"):
             ShiftedPreconditioning.fit(None, data, progress=False)  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from checkout import GOLDEN as GOLDEN_FILE
 from global_rng import global_rng_untouched
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Gaussian
+from problems import gaussian_problem
 from torch import Tensor, nn
 
 import analytic_precond as ap
@@ -102,9 +102,9 @@ class TestOnAGrid:
         assert teacher.samples == []
 
     def test_converges_to_the_exact_flow(self) -> None:
-        problem, levels = Gaussian(), ap.karras_noise_levels(401)
+        problem, levels = gaussian_problem(), ap.karras_noise_levels(401)
         x, start, stop = rand(3, 6), torch.tensor([0, 100, 390]), torch.tensor([400, 110, 400])
-        result = heun_solve(problem.denoiser(), x, levels, start, stop)
+        result = heun_solve(problem.denoiser, x, levels, start, stop)
         t, s = levels[start], levels[stop]
         exact = torch.stack([problem.flow(x[i], t[i].item(), s[i].item()) for i in range(3)])
         torch.testing.assert_close(result, exact, rtol=1e-3, atol=0)  # a hundredth per step, squared, over 400 steps
@@ -142,13 +142,13 @@ class TestBetweenLevels:
 
     @pytest.mark.parametrize("rho", [0.5, 1.0, 7.0, 1e4])
     def test_order_two(self, rho: float) -> None:
-        problem, x = Gaussian((1.0, 0.3)), rand(3, 2)
+        problem, x = gaussian_problem((1.0, 0.3)), rand(3, 2)
         t, u = f64(2.0, 1.5, 1.0), f64(1.0, 1.2, 0.5)
         exact = torch.stack([problem.flow(x[i], t[i].item(), u[i].item()) for i in range(3)])
         nums, errors = np.array([64, 128, 256]), []
         for num in nums:
             steps = torch.tensor([num, 2 * num, num])
-            result = heun_solve_between(problem.denoiser(), x, t, u, steps, rho=rho)
+            result = heun_solve_between(problem.denoiser, x, t, u, steps, rho=rho)
             errors.append((result - exact).square().mean().sqrt().item())
         # steps of up to 1 / 64: the next order has a few hundredths of the error
         assert -np.polyfit(np.log(nums), np.log(errors), 1)[0] == pytest.approx(2, abs=0.05)

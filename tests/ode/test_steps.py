@@ -12,7 +12,7 @@ import pytest
 import torch
 from checkout import GOLDEN as GOLDEN_FILE
 from global_rng import global_rng_untouched
-from problems import Gaussian, ScalarMixture
+from problems import gaussian_problem, mixture_problem
 from scipy.optimize import brentq
 from scipy.stats import norm
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import analytic_precond as ap
 from analytic_precond.ode.solve import solve_ode
 from analytic_precond.ode.steps import euler_step, heun_step, probability_flow_velocity
+from analytic_precond.testing import MixtureProblem
 
 with np.load(GOLDEN_FILE) as golden:
     LATENTS, EDM_RESULT = (torch.from_numpy(golden[f"edm_heun_18_{key}"]) for key in ("latents", "result"))
@@ -53,7 +54,7 @@ class Teacher(nn.Module):
         return self.variance / (self.variance + ap.expand_to(t, x) ** 2) * x + 0.3 * x.sin() + shift
 
 
-def mixture_flow(mixture: ScalarMixture, x_t: Tensor, t: float, s: float) -> Tensor:
+def mixture_flow(mixture: MixtureProblem, x_t: Tensor, t: float, s: float) -> Tensor:
     """The exact flow in one dimension: a point keeps its quantile. By bisection on scipy's normal distribution."""
 
     def cdf(x: float, level: float) -> float:
@@ -68,21 +69,19 @@ def mixture_flow(mixture: ScalarMixture, x_t: Tensor, t: float, s: float) -> Ten
 
 class TestVelocity:
     def test_of_a_gaussian(self) -> None:
-        problem, x, t = Gaussian(), rand(3, 6), f64(0.01, 1.0, 50.0)
-        c = torch.tensor(problem.variances, dtype=torch.float64)
+        problem, x, t = gaussian_problem(), rand(3, 6), f64(0.01, 1.0, 50.0)
+        c = problem.variances
         expected = t[:, None] * x / (c + t[:, None] ** 2)
         # x - D loses c / t^2 digits at the smallest level
-        torch.testing.assert_close(probability_flow_velocity(problem.denoiser(), x, t), expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(probability_flow_velocity(problem.denoiser, x, t), expected, rtol=1e-10, atol=0)
 
     def test_is_minus_t_times_the_score(self) -> None:
-        mixture, t = ScalarMixture(), 0.4
+        mixture, t = mixture_problem(), 0.4
         x = torch.linspace(-2, 2, 9, dtype=torch.float64).requires_grad_()
-        m, c, p = (
-            torch.tensor(v, dtype=torch.float64)[:, None] for v in (mixture.means, mixture.variances, mixture.weights)
-        )
+        m, c, p = (v[:, None] for v in (mixture.means, mixture.variances, mixture.weights))
         density = (p * torch.distributions.Normal(m, (c + t**2).sqrt()).log_prob(x).exp()).sum(0)
         (score,) = torch.autograd.grad(density.log().sum(), x)
-        velocity = probability_flow_velocity(mixture.denoiser(), x.detach()[:, None], t)
+        velocity = probability_flow_velocity(mixture.denoiser, x.detach()[:, None], t)
         torch.testing.assert_close(velocity[:, 0], -t * score)
 
 
@@ -108,11 +107,11 @@ class TestOrder:
             return solve_ode(denoiser, x, levels if s < t else levels.flip(0), method)
 
         if problem == "gaussian":
-            denoiser, flow = Gaussian().denoiser(), Gaussian().flow
-            x = Gaussian().flow(rand(8, 6), 1.0, t)
+            denoiser, flow = gaussian_problem().denoiser, gaussian_problem().flow
+            x = gaussian_problem().flow(rand(8, 6), 1.0, t)
         else:
-            mixture = ScalarMixture()
-            denoiser = mixture.denoiser()
+            mixture = mixture_problem()
+            denoiser = mixture.denoiser
             flow = lambda x, t, s: mixture_flow(mixture, x, t, s)  # noqa: E731
             x = mixture.sample(16, seed=0) + t * rand(16, 1)
         # the next order has ln(100) / 64 = 0.07 of the error at 64 steps and a quarter of that at 256
@@ -121,12 +120,12 @@ class TestOrder:
     @pytest.mark.parametrize(("method", "order"), [("euler", 2), ("heun", 3)])
     @pytest.mark.parametrize("sign", [1, -1])
     def test_of_the_local_error(self, method: str, order: int, sign: int) -> None:
-        mixture, x = ScalarMixture(), torch.linspace(-1, 1, 7, dtype=torch.float64)[:, None]
+        mixture, x = mixture_problem(), torch.linspace(-1, 1, 7, dtype=torch.float64)[:, None]
         steps = np.array([0.04, 0.02, 0.01])
         errors = []
         for h in steps:
             s = 0.5 + sign * h
-            x_s = STEPS[method](mixture.denoiser(), x, 0.5, s)
+            x_s = STEPS[method](mixture.denoiser, x, 0.5, s)
             errors.append((x_s - mixture_flow(mixture, x, 0.5, s)).abs().max().item())
         # the next order has about h / t of the error, 0.08 to 0.02
         assert np.polyfit(np.log(steps), np.log(errors), 1)[0] == pytest.approx(order, abs=0.1)
@@ -195,7 +194,7 @@ class TestSteps:
 
     @each_step
     def test_traceable(self, step: Step) -> None:
-        teacher = Gaussian().denoiser()
+        teacher = gaussian_problem().denoiser
         x, t, s = rand(3, 6), f64(1.0, 2.0, 0.5), f64(0.5, 3.0, 0.0)
         compiled = torch.compile(lambda *a: step(teacher, *a), fullgraph=True, backend="eager")
         torch.testing.assert_close(compiled(x, t, s), step(teacher, x, t, s), rtol=0, atol=0)
@@ -238,12 +237,12 @@ class TestSolve:
         assert len(teacher.seen) == len(levels) - 1 + corrections
 
     def test_there_and_back(self) -> None:
-        problem, levels = Gaussian(), ap.karras_noise_levels(400)
+        problem, levels = gaussian_problem(), ap.karras_noise_levels(400)
         x = problem.sample(16, seed=0)
-        noise = solve_ode(problem.denoiser(), x, levels.flip(0))
+        noise = solve_ode(problem.denoiser, x, levels.flip(0))
         torch.testing.assert_close(noise, problem.flow(x, 0.002, 80.0), rtol=1e-3, atol=0)  # (7 ln(4e4) / 400)^2 / 12
         # Heun's error is odd under reversal up to the next order: it cancels
-        torch.testing.assert_close(solve_ode(problem.denoiser(), noise, levels), x, rtol=1e-5, atol=0)
+        torch.testing.assert_close(solve_ode(problem.denoiser, noise, levels), x, rtol=1e-5, atol=0)
 
     def test_differentiable(self) -> None:
         levels = f64(2.0, 1.0, 0.5, 0.0).requires_grad_()
@@ -329,8 +328,8 @@ class TestDtypes:
     def test_wide_state_saves_what_rounding_loses(self) -> None:
         """A thousand steps: of float32 rounding only the teacher's is left, which shrinks with the steps."""
         levels, x = ap.karras_noise_levels(1000), 80 * rand(64, 6).float()
-        exact = solve_ode(Gaussian().denoiser(), x.double(), levels)
-        narrow, wide = (solve_ode(Gaussian().denoiser(), x, levels, dtype=d) for d in (None, torch.float64))
+        exact = solve_ode(gaussian_problem().denoiser, x.double(), levels)
+        narrow, wide = (solve_ode(gaussian_problem().denoiser, x, levels, dtype=d) for d in (None, torch.float64))
         error = [(result - exact).abs().max().item() for result in (narrow, wide)]
         assert error[1] < error[0] / 30
 

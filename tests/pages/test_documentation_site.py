@@ -26,6 +26,7 @@ from checkout import ROOT
 from stand_in_torchvision import working_torchvision
 
 import analytic_precond as ap
+from analytic_precond import testing
 
 DOCS = ROOT / "docs"
 pytestmark = pytest.mark.long  # the site is built, its code run, its pages looked at in a browser
@@ -145,6 +146,8 @@ def test_reference_is_complete() -> None:
     for names, place in ((described, "on a page of docs/api"), (listed, "in docs/api/index.md")):
         assert len(names) == len(set(names)), place
         assert set(names) == set(ap.__all__), f"{set(names) ^ set(ap.__all__)}: every name of __all__ once {place}"
+    page = PAGES["api/testing.md"]
+    assert set(re.findall(r"^::: analytic_precond\.testing\.(\w+)$", page, re.MULTILINE)) == set(testing.__all__)
 
 
 # the site

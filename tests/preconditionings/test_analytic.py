@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Gaussian
+from problems import coefficient_tables, gaussian_problem
 from torch import Tensor
 
 import analytic_precond as ap
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 FORMS = {"backward": 1.0, "forward": 0.0, "half": 0.5}
 
 # Gaussian with variances (4, 1, 0.25, 0.05, 0.01, 0.001), S = rms(g); adaptive quadrature at 1e-11 by another program
@@ -30,12 +30,12 @@ GOLDEN = [
 
 
 def build(theta: float, num: int = 120) -> ap.AnalyticPreconditioning:
-    return ap.AnalyticPreconditioning.from_coefficients(*PROBLEM.tables(num), theta=theta)
+    return ap.AnalyticPreconditioning.from_coefficients(*coefficient_tables(PROBLEM, num), theta=theta)
 
 
 @pytest.mark.parametrize(("t", "s", "backward", "forward"), GOLDEN)
 def test_golden_numbers(t: float, s: float, backward: tuple[float, float], forward: tuple[float, float]) -> None:
-    tables = PROBLEM.tables(2000)
+    tables = coefficient_tables(PROBLEM, 2000)
     for discretization, expected in (("backward", backward), ("forward", forward)):
         precond = ap.AnalyticPreconditioning.from_coefficients(*tables, discretization)
         got = [c.item() for c in precond(float(t), float(s))]
@@ -59,7 +59,7 @@ def test_quadrature_with_120_levels(form: str) -> None:
     precond = build(theta)
     for t, s in jumps():
         c_skip, c_out = (c.item() for c in precond(t, s))
-        skip, out = PROBLEM.jump(t, s, theta)
+        skip, out = (c.item() for c in PROBLEM.jump(t, s, theta))
         # the demand is 1e-6; the quintic spline reaches 4e-10, but in the forward form an error of l_t near the end of
         # the grid, where l_t itself is 1e-4, is multiplied by c_out
         assert c_out == pytest.approx(out, rel=4e-9), (t, s)
@@ -78,7 +78,7 @@ def test_float32_levels_are_taken_as_exact() -> None:
 
 
 def test_statistics_and_tables_lead_to_the_same_jumps() -> None:
-    stats = ap.estimate_statistics(PROBLEM.denoiser(), PROBLEM.sample(256, 0), num_samples=512, progress=False)
+    stats = ap.estimate_statistics(PROBLEM.denoiser, PROBLEM.sample(256, 0), num_samples=512, progress=False)
     direct = ap.AnalyticPreconditioning(stats)
     tabled = ap.AnalyticPreconditioning.from_coefficients(stats.levels, stats.l, stats.s)
     t, s = torch.tensor(jumps(), dtype=torch.float64).T
@@ -86,7 +86,7 @@ def test_statistics_and_tables_lead_to_the_same_jumps() -> None:
         # s is the derivative of a quintic spline: its own spline differs by a sixth derivative, more at the ends
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-9)
     by_jvp = ap.estimate_statistics(
-        PROBLEM.denoiser(), PROBLEM.sample(256, 0), num_samples=512, s_method="jvp", progress=False
+        PROBLEM.denoiser, PROBLEM.sample(256, 0), num_samples=512, s_method="jvp", progress=False
     )
     jvp = ap.AnalyticPreconditioning(by_jvp)
     assert torch.equal(
@@ -96,7 +96,7 @@ def test_statistics_and_tables_lead_to_the_same_jumps() -> None:
 
 def test_estimated_statistics_reach_the_true_jumps() -> None:
     """End to end on the default path: 4096 samples bring c_out within 2 % and c_skip within 5 % of the truth."""
-    stats = ap.estimate_statistics(PROBLEM.denoiser(), PROBLEM.sample(2048, 1), progress=False)
+    stats = ap.estimate_statistics(PROBLEM.denoiser, PROBLEM.sample(2048, 1), progress=False)
     precond = ap.AnalyticPreconditioning(stats)
     for t, s, (skip, out), _ in GOLDEN:
         c_skip, c_out = precond(float(t), float(s))

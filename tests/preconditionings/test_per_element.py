@@ -9,14 +9,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from problems import Gaussian
+from problems import coefficient_tables, gaussian_problem
 from torch import Tensor
 from without_float64 import DEMAND, moved, without_float64
 
 import analytic_precond as ap
 from analytic_precond.preconditionings.per_element import PerElementPreconditioning
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 SHAPE = (2, 3, 4)
 LEVELS = ap.log_noise_levels(60)
 
@@ -79,7 +79,7 @@ def test_float32_statistics_are_good_enough() -> None:
 
 @pytest.mark.parametrize("theta", [0.0, 0.5, 1.0])
 def test_every_element_is_as_by_itself(theta: float) -> None:
-    levels, l, s = PROBLEM.tables(120)
+    levels, l, s = coefficient_tables(PROBLEM, 120)
     tables = torch.stack([l, 0.5 * l, 1 - l], 1), torch.stack([s, 0 * s, -0.5 * s], 1)
     precond = PerElementPreconditioning.from_coefficients(levels, *tables, theta=theta)
     ends = (
@@ -279,7 +279,7 @@ def test_refused_coefficients_are_named_with_advice_that_fits() -> None:
 
 
 def test_as_many_elements_as_one_likes() -> None:
-    levels, l, s = PROBLEM.tables(60)
+    levels, l, s = coefficient_tables(PROBLEM, 60)
     scale = torch.linspace(0.2, 1, 1500, dtype=torch.float64).reshape(30, 50)  # more than are tabulated at a time
     many = PerElementPreconditioning.from_coefficients(levels, l[:, None, None] * scale, s[:, None, None] * scale)
     for place in ((0, 0), (20, 23), (20, 24), (29, 49)):  # 1023 and 1024, where one lot ends

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import Gaussian
+from problems import coefficient_tables, gaussian_problem
 from torch import Tensor, nn
 from without_float64 import DEMAND, NoFloat64, moved, pretence, without_float64
 
@@ -27,17 +27,17 @@ from analytic_precond.preconditionings.hand_crafted import (
     TrigFlowPreconditioning,
 )
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 FLOAT32_MIN = float(np.nextafter(np.float32(0.002), np.float32(1)))
 
 
 def analytic(theta: float = 1.0) -> ap.AnalyticPreconditioning:
-    return ap.AnalyticPreconditioning.from_coefficients(*PROBLEM.tables(120), theta=theta)
+    return ap.AnalyticPreconditioning.from_coefficients(*coefficient_tables(PROBLEM, 120), theta=theta)
 
 
 def fit(of: Any, **options: Any) -> Any:
     levels, data = ap.log_noise_levels(24), PROBLEM.sample(64, 0)
-    return of.fit(PROBLEM.denoiser(), data, levels, num_trajectories=64, progress=False, **options)
+    return of.fit(PROBLEM.denoiser, data, levels, num_trajectories=64, progress=False, **options)
 
 
 LEAST_SQUARES = fit(LeastSquaresPreconditioning)
@@ -114,7 +114,7 @@ def test_coefficients_are_those_of_quadrature() -> None:
             with without_float64():
                 c_skip, c_out = narrow(torch.tensor(t), torch.tensor(s))
             t_exact, s_exact = float(np.float32(t)), float(np.float32(s))
-            skip, out = PROBLEM.jump(t_exact, s_exact, theta)
+            skip, out = (c.item() for c in PROBLEM.jump(t_exact, s_exact, theta))
             assert c_out.item() == pytest.approx(out, rel=DEMAND)
             if theta == 1:
                 assert c_skip.item() == pytest.approx(skip, rel=DEMAND)

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from checkout import DOCS
-from problems import Array, Gaussian, ScalarMixture
+from problems import Array, gaussian_problem, mixture_problem
 from torch import Tensor
 
 import analytic_precond as ap
 from analytic_precond.preconditionings.per_element import PerElementPreconditioning
 from analytic_precond.statistics.ems import load_ems, save_ems
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 JUMPS = [*pairwise((0, 300, 700, 1000, 1200)), (0, 1200), (599, 600)]  # indices of the files' 1201 levels
 # its trapezoidal rule: steps of 0.0088 in lambda, h^2 / 12 = 6.5e-6 times curvatures of 1 to 4
 CLOSE = 5e-5
@@ -59,16 +59,16 @@ def image_denoiser(denoiser: ap.Denoiser) -> ap.Denoiser:
 
 
 def gaussian_statistics(per_element: bool = False, mean: float = 0.0, **options: object) -> ap.TeacherStatistics:
-    data = PROBLEM.sample(512, 0, mean).reshape(-1, 1, 2, 3)
-    denoiser = image_denoiser(PROBLEM.denoiser(mean))
+    problem = gaussian_problem(mean=mean)
+    data, denoiser = problem.sample(512, 0).reshape(-1, 1, 2, 3), image_denoiser(problem.denoiser)
     return ap.estimate_statistics(
         denoiser, data, num_samples=1024, progress=False, per_element=per_element, batch_size=4096, **options
     )
 
 
 def test_on_a_mixture_it_is_the_forward_form(tmp_path: Path) -> None:
-    mixture = ScalarMixture()
-    denoiser = image_denoiser(mixture.denoiser())
+    mixture = mixture_problem()
+    denoiser = image_denoiser(mixture.denoiser)
     data = mixture.sample(1024, 0).reshape(-1, 1, 1, 1)
     stats = ap.estimate_statistics(denoiser, data, num_samples=2048, progress=False, per_element=True, batch_size=4096)
     forward = ap.AnalyticPreconditioning(stats, "forward")
@@ -106,7 +106,7 @@ def test_on_a_gaussian_it_is_the_forward_form(per: str, tmp_path: Path) -> None:
 def test_with_an_intercept_a_gaussian_with_a_mean_is_solved_in_one_step(tmp_path: Path) -> None:
     mean = 0.25
     save_ems(gaussian_statistics(True, mean, intercept=True), tmp_path)
-    denoiser = image_denoiser(PROBLEM.denoiser(mean))
+    denoiser = image_denoiser(gaussian_problem(mean=mean).denoiser)
     for i, j in JUMPS:
         t, s = level(i), level(j)
         deviation = PROBLEM.sample(16, 1) * (1 + t)
@@ -122,8 +122,8 @@ def test_closed_form_of_an_anisotropic_gaussian(tmp_path: Path) -> None:
     save_ems(gaussian_statistics(mean=mean, intercept=True, s_method="jvp", seed=3), tmp_path, per="sample")
     ems = load_ems(tmp_path)
     np.testing.assert_allclose(ems.levels, levels, rtol=1e-12)
-    l, s = PROBLEM.l(levels), PROBLEM.s(levels)
-    c = np.array(PROBLEM.variances)
+    l, s = PROBLEM.l(levels).numpy(), PROBLEM.s(levels).numpy()
+    c = PROBLEM.variances.numpy()
     dl = (2 * levels[:, None] ** 2 * c / (c + levels[:, None] ** 2) ** 2).mean(-1)
     assert ems.l.shape == ems.s.shape == (1201, 1, 1, 1)
     assert ems.b.shape == (1201, 1, 2, 3)
@@ -158,13 +158,13 @@ def test_nothing_remains_of_white_data(tmp_path: Path) -> None:
 
 def test_other_levels_are_resampled(tmp_path: Path) -> None:
     data = PROBLEM.sample(64, 0).reshape(-1, 6, 1, 1)
-    denoiser = image_denoiser(PROBLEM.denoiser())
+    denoiser = image_denoiser(PROBLEM.denoiser)
     stats = ap.estimate_statistics(
         denoiser, data, ap.karras_noise_levels(80), 128, progress=False, per_element=True, batch_size=4096
     )
     save_ems(stats, tmp_path)
     ems = load_ems(tmp_path)
-    c = torch.tensor(PROBLEM.variances, dtype=torch.float64)
+    c = PROBLEM.variances
     # float32 of 1 - l; Karras's levels are 0.4 apart in lambda at the clean end
     torch.testing.assert_close(ems.l[:, :, 0, 0], c / (c + ems.levels[:, None] ** 2), rtol=0, atol=1e-5)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import Gaussian
+from problems import gaussian_problem
 from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
@@ -54,11 +54,11 @@ def test_gaussian_variances_broadcast_and_flow_is_its_ode_solution() -> None:
     full = ap.GaussianDenoiser(torch.tensor([1.0, 2.0, 3.0, 4.0])[:, None].expand(4, 5), torch.full((4, 5), 0.5))
     torch.testing.assert_close(per_channel(x, torch.ones(3)), full(x, torch.ones(3)))
 
-    problem, t = Gaussian(), 0.7
+    problem, t = gaussian_problem(), 0.7
     x_t = rand(2, 6)
     h = 1e-5  # central difference in s: error h^2
     slope = (problem.flow(x_t, t, t + h) - problem.flow(x_t, t, t - h)) / (2 * h)
-    velocity = (x_t - problem.denoiser()(x_t, level(2, t))) / t
+    velocity = (x_t - problem.denoiser(x_t, level(2, t))) / t
     torch.testing.assert_close(slope, velocity, rtol=1e-8, atol=1e-9)
 
 

@@ -1,0 +1,117 @@
+r"""What an adapter with one of the usual mistakes would return, by the right predictions.
+
+A network F is not at hand, but $D = c_{skip} x + c_{out} F$ says what it predicts, of any input and at any time: so
+what it answers to a wrong time or a wrong input is known too, and what becomes of that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..noise_levels.per_sample import expand_to
+from ..noise_levels.schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
+from ..noise_levels.vp_schedules import VPLinearSchedule
+from ..teachers.denoiser import Denoiser
+from ..teachers.networks import NetworkDenoiser
+from ..teachers.predictions import PredictionScalings
+
+_PREDICTIONS = ("epsilon", "v", "velocity", "sample")
+_EXPLAINED = 0.1  # of the misfit's RMS may be left
+
+
+def explain(
+    denoiser: Denoiser, exact: Denoiser, schedule: Schedule | None, x: Tensor, t: Tensor, got: Tensor, expected: Tensor
+) -> str:
+    """Return the mistake that makes ``got`` of ``exact``'s answers, in words, or the list of the usual ones.
+
+    All have the shape ``(K, B, ...)``, one level a row; ``t`` has ``(K, B)``.
+    """
+    if schedule is not None:
+        schedules = [schedule]
+    else:
+        scalings = denoiser.scalings if isinstance(denoiser, NetworkDenoiser) else None
+        own = [scalings.schedule] if isinstance(scalings, PredictionScalings) else []
+        schedules = [*own, VPLinearSchedule(), RectifiedFlowSchedule(), EDMSchedule()]
+    some = slice(None, None, 3)  # of the levels: enough to tell mistakes apart
+    misfit = _square(got[some] - expected[some])
+    per_level = [
+        [
+            (words, _square(answer - mistaken))
+            for candidate in schedules
+            for words, mistaken in _mistakes(exact, candidate, x_t, levels)
+        ]
+        for x_t, levels, answer in zip(x[some], t[some], got[some], strict=True)
+    ]
+    for mistakes in zip(*per_level, strict=True):
+        if sum(square for _, square in mistakes) < _EXPLAINED**2 * misfit:
+            return f"It is what comes out if {mistakes[0][0]}."
+    return (
+        "None of the usual mistakes alone does that (epsilon, v, velocity or x_0 taken for another, a wrong sign, time "
+        "in the wrong direction, sigma for an index, a missing 1 / alpha, x for alpha x): another schedule, or a "
+        "network that is not in eval mode?"
+    )
+
+
+def _square(difference: Tensor) -> float:
+    return difference.double().square().sum().item()
+
+
+def _mistakes(exact: Denoiser, schedule: Schedule, x: Tensor, t: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield mistakes and what each returns."""
+    times = schedule.time(t)
+    alpha = expand_to(schedule.alpha(times), x).to(x.dtype)
+    yield "1 / alpha is missing: what it returns is alpha times the clean data", alpha * exact(x, t)
+    yield "x is taken for alpha x: the network gets its input undivided", exact(x / alpha, t)
+    for prediction in _PREDICTIONS:
+        network = _Network(exact, schedule, prediction)
+        output = network(alpha * x, times)
+
+        def denoised(output: Tensor, prediction: str = prediction, sign: float = 1.0) -> Tensor:
+            c_skip, c_out, *_ = PredictionScalings(prediction, schedule)(t)
+            return expand_to(c_skip, x).to(x.dtype) * x + sign * expand_to(c_out, x).to(x.dtype) * output
+
+        if prediction != "sample":
+            yield f"the network's {prediction} is returned, not the clean data", output
+            yield f"the sign of {prediction} is wrong", denoised(output, sign=-1.0)
+        for other in _PREDICTIONS:
+            if other != prediction:
+                yield f"the network predicts {prediction} and it is taken for {other}", denoised(output, other)
+        yield "the network gets x where it wants alpha x", denoised(network(x, times))
+        for told, words in _wrong_times(schedule, times, t):
+            output = network(alpha * x, told)
+            yield words, denoised(output)
+            if prediction == "velocity":
+                yield f"{words}, and the velocity has the other sign", denoised(output, sign=-1.0)
+
+
+def _wrong_times(schedule: Schedule, times: Tensor, t: Tensor) -> Iterator[tuple[Tensor, str]]:
+    if isinstance(schedule, EDMSchedule):
+        return
+    known = schedule.noise_range
+    ends = schedule.time(t.new_tensor(known)) if known else t.new_tensor([0.0, 1.0])
+    if isinstance(schedule, TrigFlowSchedule):
+        ends = ends * torch.pi / 2
+    yield ends.sum() - times, "time runs in the wrong direction: data and noise at each other's ends"
+    for told, words in ((t, "sigma"), (t.log() / 4, "ln(sigma) / 4"), (times / ends.max(), "a time from 0 to 1")):
+        inside = told.clamp(ends.min(), ends.max()).to(t.dtype)
+        yield inside, f"the network is told {words} where it wants the time or index of its schedule"
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The network behind exact answers, if it predicts this under this schedule."""
+
+    exact: Denoiser
+    schedule: Schedule
+    prediction: str
+
+    def __call__(self, z: Tensor, times: Tensor) -> Tensor:
+        times = times.expand(z.shape[:1])
+        t = self.schedule.noise_level(times)
+        alpha, *coefficients = (self.schedule.alpha(times), *PredictionScalings(self.prediction, self.schedule)(t)[:2])
+        alpha, c_skip, c_out = (expand_to(c, z).to(z.dtype) for c in (alpha, *coefficients))
+        return (self.exact(z / alpha, t.to(z.dtype)) - c_skip * (z / alpha)) / c_out

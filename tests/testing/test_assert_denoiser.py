@@ -1,0 +1,153 @@
+"""`assert_denoiser` passes right adapters, against codes with variables of their own, and names what is planted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import analytic_precond as ap
+from analytic_precond.testing import assert_denoiser
+
+MEANS = torch.tensor([[-1.0, 0.5], [0.7, -0.3], [0.2, 0.9]])
+EXACT = ap.GaussianMixtureDenoiser(MEANS, 0.05)
+X_0 = MEANS.repeat(2, 1) + 0.2 * torch.randn(6, 2, generator=torch.Generator().manual_seed(0))
+TABLE = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+
+VP = ap.VPDiscreteSchedule(TABLE)
+FLOW = ap.RectifiedFlowSchedule()
+COSINE = ap.VPCosineSchedule()
+
+
+def column(level: Tensor, like: Tensor) -> Tensor:
+    return level.reshape(-1, 1).to(like.dtype)
+
+
+def vp_reference(z: Tensor, index: Tensor) -> Tensor:
+    """A code of its own: a table of alphas, looked up by whole indices, one for the batch."""
+    assert index.unique().numel() == 1
+    alpha_bar = TABLE[index.round().long()]
+    return EXACT(z / column(alpha_bar.sqrt(), z), (1 / alpha_bar - 1).sqrt().to(z.dtype))
+
+
+def vp_network(kind: str) -> Callable[..., Tensor]:
+    """What the perfect network predicts, between indices too."""
+
+    def network(z: Tensor, index: Tensor) -> Tensor:
+        t = VP.noise_level(index)
+        alpha, sigma = (column(c, z) for c in (VP.alpha(index), VP.sigma(index)))
+        D = EXACT(z / alpha, t.to(z.dtype))
+        noise = (z - alpha * D) / sigma
+        return noise if kind == "epsilon" else alpha * noise - sigma * D
+
+    return network
+
+
+def flow_network(z: Tensor, time: Tensor) -> Tensor:
+    """The velocity, noise less data."""
+    time = column(time, z)
+    t = time / (1 - time)
+    D = EXACT(z / (1 - time), t[:, 0])
+    return (z - D) / time
+
+
+RIGHT: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "epsilon": (ap.denoiser_from_network(vp_network("epsilon"), "epsilon", VP), vp_reference, {"schedule": VP}),
+    "v": (ap.denoiser_from_network(vp_network("v"), "v", VP), vp_reference, {"schedule": VP}),
+    "v, in EDM's variable": (ap.denoiser_from_network(vp_network("v"), "v", VP), EXACT, {}),
+    "flow": (ap.denoiser_from_network(flow_network, "velocity", FLOW), EXACT, {}),
+    "itself": (EXACT, EXACT, {"levels": torch.tensor([3.0, 0.1])}),
+}
+
+
+@pytest.mark.parametrize(("denoiser", "reference", "options"), RIGHT.values(), ids=RIGHT.keys())
+def test_what_is_right_passes(denoiser: Any, reference: Any, options: dict[str, Any]) -> None:
+    assert_denoiser(denoiser, reference, X_0, **options)
+    assert_denoiser(denoiser, reference, X_0.double(), **options)
+
+
+def by_hand(kind: str, *, sign: float = 1.0, **wrong: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """An adapter as one writes it, for the network of a table, with one line of it wrong."""
+
+    def denoiser(x: Tensor, t: Tensor) -> Tensor:
+        index = VP.time(t).clamp(0, 999)
+        alpha, sigma = (column(c, x) for c in (VP.alpha(index), VP.sigma(index)))
+        told = {"time": index, "reversed": 999 - index, "sigma": t.clamp(max=999)}[wrong.get("told", "time")]
+        z = x if wrong.get("unscaled") else alpha * x
+        F = sign * vp_network(kind)(z, told)
+        if wrong.get("raw"):
+            return F
+        if kind == "epsilon":
+            D = alpha * x - sigma * F
+            return D if wrong.get("alpha") else D / alpha
+        return alpha * (alpha * x) - sigma * F
+
+    return denoiser
+
+
+def of_the_first_level(x: Tensor, t: Tensor) -> Tensor:
+    return EXACT(x, t[:1].expand_as(t))
+
+
+PLANTED: dict[str, tuple[Any, str]] = {
+    "time in the wrong direction": (by_hand("epsilon", told="reversed"), "if time runs in the wrong direction"),
+    "sigma for index": (by_hand("epsilon", told="sigma"), "if the network is told sigma where it wants the time or in"),
+    "sigma for index, of v": (by_hand("v", told="sigma"), "if the network is told sigma where it wants the time or in"),
+    "a missing 1 / alpha": (by_hand("epsilon", alpha=True), "if 1 / alpha is missing"),
+    "the sign of v": (by_hand("v", sign=-1.0), "if the sign of v is wrong"),
+    "the sign of epsilon": (by_hand("epsilon", sign=-1.0), "if the sign of epsilon is wrong"),
+    "x for alpha x": (by_hand("epsilon", unscaled=True), "if the network gets x where it wants alpha x"),
+    "noise for data": (by_hand("epsilon", raw=True), "if the network's epsilon is returned, not the clean data"),
+    "epsilon for v": (
+        ap.denoiser_from_network(vp_network("epsilon"), "v", VP), "if the network predicts epsilon and it is taken f",
+    ),
+    "one level for all": (of_the_first_level, "it tells all of them the first one's"),
+    "something else": (lambda x, t: EXACT(x, 1.3 * t), "None of the usual mistakes alone does that"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("denoiser", "words"), PLANTED.values(), ids=PLANTED.keys())
+def test_what_is_planted_is_named(denoiser: Any, words: str) -> None:
+    with pytest.raises(AssertionError, match=r"RMS difference of .* at t = .*, sample \d, ") as caught:
+        assert_denoiser(denoiser, vp_reference, X_0, schedule=VP)
+    assert words in str(caught.value)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("denoiser", "words"), PLANTED.values(), ids=PLANTED.keys())
+def test_in_edms_variable_what_does_not_depend_on_the_table_is_named(denoiser: Any, words: str) -> None:
+    levels = ap.log_noise_levels(9, *VP.noise_range)
+    with pytest.raises(AssertionError) as caught:
+        assert_denoiser(denoiser, EXACT, X_0, levels)
+    assert words in str(caught.value) or "time" in words
+
+
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        (lambda z, time: flow_network(z, 1 - time), "if time runs in the wrong direction"),
+        (lambda z, time: -flow_network(z, time), "if the sign of velocity is wrong"),
+    ],
+)
+def test_of_a_flow(network: Any, words: str) -> None:
+    denoiser = ap.denoiser_from_network(network, "velocity", FLOW)
+    with pytest.raises(AssertionError, match=words):
+        assert_denoiser(denoiser, EXACT, X_0)
+
+
+def test_data_at_the_other_end_is_time_in_the_wrong_direction() -> None:
+    denoiser = ap.denoiser_from_network(flow_network, "velocity", ap.RectifiedFlowSchedule(data_at=1))
+    with pytest.raises(AssertionError, match=r"time runs in the wrong direction: .* the velocity has the other sign"):
+        assert_denoiser(denoiser, EXACT, X_0)
+
+
+def test_arguments() -> None:
+    with pytest.raises(TypeError, match="x_0 must be a floating-point tensor"):
+        assert_denoiser(EXACT, EXACT, torch.ones(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="add a batch dimension"):
+        assert_denoiser(EXACT, EXACT, torch.ones(2))
+    with pytest.raises(AssertionError, match=r"the reference must return a tensor of x's shape \(6, 2\), got \(6,\)"):
+        assert_denoiser(EXACT, lambda x, t: EXACT(x, t)[:, 0], X_0)
