@@ -29,11 +29,12 @@ from .estimation.estimate import estimate_statistics
 from .fitted_preconditionings.least_squares import LeastSquaresPreconditioning
 from .fitted_preconditionings.per_mode import PerModePreconditioning
 from .fitted_preconditionings.shifted import ShiftedPreconditioning
+from .noise_levels.function_schedule import FunctionSchedule
 from .noise_levels.grids import karras_noise_levels, log_noise_levels
 from .noise_levels.network_scalings import NOISE_CONDITIONINGS, DenoiserScalings, EDMPreconditioning
 from .noise_levels.per_sample import expand_to
 from .noise_levels.random_levels import sample_karras_noise_levels, sample_lognormal_noise_levels
-from .noise_levels.schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
+from .noise_levels.schedules import EDMSchedule, Rates, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
 from .noise_levels.vp_schedules import VPCosineSchedule, VPDiscreteSchedule, VPLinearSchedule
 from .ode.solve import heun_solve, heun_solve_between, solve_ode
 from .ode.steps import euler_step, heun_step, probability_flow_velocity
@@ -92,6 +93,8 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "VPDiscreteSchedule",
     "RectifiedFlowSchedule",
     "TrigFlowSchedule",
+    "FunctionSchedule",
+    "Rates",
     # the teacher's ODE
     "probability_flow_velocity",
     "euler_step",

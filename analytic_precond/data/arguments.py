@@ -59,9 +59,9 @@ def levels_for(denoiser: Denoiser, levels: Tensor | None, num: int) -> Tensor:
     ends = levels[-1].item(), levels[0].item()
     if known is not None and (ends[0] < known[0] * (1 - _ROUNDING) or ends[1] > known[1] * (1 + _ROUNDING)):
         warn_caller(
-            f"the teacher knows noise levels from {known[0]:.4g} to {known[1]:.4g}, the ends of its schedule's table, "
+            f"the teacher knows noise levels from {known[0]:.4g} to {known[1]:.4g}, the ends of its schedule, "
             f"but is asked at {ends[0]:.4g} to {ends[1]:.4g}: beyond, it is told the nearest, and its answers are "
-            f"wrong. Leave levels out, or pass log_noise_levels({num}, *denoiser.noise_range)."
+            f"wrong. Leave levels out, or pass levels inside denoiser.noise_range."
         )
     return levels
 

@@ -44,15 +44,15 @@ class PredictionScalings:
         if not isinstance(self.schedule, Schedule):
             raise TypeError(
                 f"schedule must be a Schedule, got {_short(self.schedule)}: build a VPLinearSchedule, "
-                f"VPCosineSchedule, VPDiscreteSchedule((1 - betas).cumprod(0)), EDMSchedule, RectifiedFlowSchedule or "
-                f"TrigFlowSchedule."
+                f"VPCosineSchedule, VPDiscreteSchedule((1 - betas).cumprod(0)), EDMSchedule, RectifiedFlowSchedule, "
+                f"TrigFlowSchedule or FunctionSchedule."
             )
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``c_skip``, ``c_out``, ``c_in`` and ``c_noise`` at noise levels ``t``."""
         time = self.schedule.time(t)
         c_skip, c_out = _COEFFICIENTS[self.prediction](self.schedule, time)
-        return c_skip, c_out, self.schedule.alpha(time), self.schedule.network_time(t)
+        return c_skip, c_out, self.schedule.alpha(time), self.schedule.told(time)
 
 
 def _short(value: object) -> str:
