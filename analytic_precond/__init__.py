@@ -14,6 +14,7 @@ from .diagnostics.teacher_report import TeacherReport
 from .diagnostics.trajectory_alignment import TrajectoryAlignment, trajectory_alignment
 from .distillation.denoising import adaptive_balance, denoising_loss
 from .distillation.distances import pseudo_huber, pseudo_huber_elementwise, squared_error
+from .distillation.ict import ict_num_levels, sample_ict_times
 from .distillation.jump_times import (
     JumpTimes,
     ect_target_times,
@@ -139,6 +140,8 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "sample_adjacent_times",
     "sample_continuous_times",
     "ect_target_times",
+    "sample_ict_times",
+    "ict_num_levels",
     "sample_lognormal_noise_levels",
     "sample_karras_noise_levels",
     "squared_error",
