@@ -18,19 +18,14 @@ Told = Callable[[Tensor], Tensor] | None
 
 
 class TargetByKeyword(nn.Module):
-    """A network of one or two times, which is told the second one by name."""
+    """A network of two times, which is told the second one by name."""
 
     def __init__(self, network: Callable[..., Any]) -> None:
         super().__init__()
         self.network = network
 
-    @property
-    def dtype(self) -> Any:
-        """What the network says that it computes in."""
-        return getattr(self.network, "dtype", None)
-
-    def forward(self, x: Tensor, c_t: Tensor, *, c_target: Tensor | None = None, **condition: Any) -> Any:
-        return self.network(x, c_t, *([] if c_target is None else [c_target]), **condition)
+    def forward(self, x: Tensor, c_t: Tensor, *, c_target: Tensor, **condition: Any) -> Any:
+        return self.network(x, c_t, c_target, **condition)
 
 
 @dataclass(frozen=True)
@@ -46,9 +41,7 @@ class Scalings:
 
 
 def denoiser(network: Any, sigma_data: float, told: Told) -> Any:
-    if not callable(network):
-        return network
-    return ap.NetworkDenoiser(TargetByKeyword(network), Scalings(sigma_data, told))  # type: ignore[arg-type]
+    return ap.NetworkDenoiser(network, Scalings(sigma_data, told)) if callable(network) else network  # type: ignore[arg-type]
 
 
 def make_students_from_denoisers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +58,7 @@ def make_students_from_denoisers(monkeypatch: pytest.MonkeyPatch) -> None:
     def trajectory_model(
         self: Any, network: Any, precond: Any, sigma_data: float = 0.5, noise_conditioning: Told = None
     ) -> None:
-        made = two_times(denoiser(network, sigma_data, noise_conditioning), precond, "c_target")
+        made = two_times(denoiser(TargetByKeyword(network), sigma_data, noise_conditioning), precond, "c_target")
         self.__dict__.update(made.__dict__)
 
     monkeypatch.setattr(ap.ConsistencyModel, "__init__", consistency_model)
