@@ -18,7 +18,7 @@ from torch.nn.functional import dropout
 import analytic_precond as ap
 from analytic_precond.distillation.denoising import adaptive_balance
 from analytic_precond.distillation.student_passes import SharedDropout
-from analytic_precond.students.weights import exponential_moving_average
+from analytic_precond.students.averaging import exponential_moving_average
 
 ONES = torch.ones(400)
 
