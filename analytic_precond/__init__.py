@@ -57,9 +57,10 @@ from .statistics.element_statistics import ElementStatistics
 from .statistics.ems import EMS, load_ems, save_ems
 from .statistics.merging import merge_statistics
 from .statistics.teacher_statistics import StatisticsHeader, TeacherStatistics
+from .students.averaging import exponential_moving_average
 from .students.consistency_models import ConsistencyModel, ConsistencyTrajectoryModel
+from .students.initialization import initialize_from_teacher
 from .students.presets import PAPER_EXPERIMENTS, PRESETS, PaperExperiment, Preset, paper_experiment, preset
-from .students.weights import exponential_moving_average, initialize_from_teacher
 from .teachers.denoiser import Denoiser
 from .teachers.diffusers_models import denoiser_from_diffusers
 from .teachers.exact import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser

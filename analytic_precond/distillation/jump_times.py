@@ -15,7 +15,7 @@ from torch import Tensor
 from .._checks import all_true, check_choice, check_count, check_level, check_levels, check_positive, may_read
 from .._precision import wide_dtype
 from ..noise_levels.random_levels import check_destination, check_generator, check_ramp, draw, karras_level
-from ..students.consistency_models import default_range
+from ..students.base import default_range
 
 
 class JumpTimes(NamedTuple):

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .._checks import check_reached, check_tensor
 from .._conditions import plain
-from ..students.consistency_models import default_range
+from ..students.base import default_range
 from .callbacks import Callback, SamplingStep, after
 from .levels import Levels, check_jumps, is_cleanest, resolve_levels
 from .noise import Generators, noise_source

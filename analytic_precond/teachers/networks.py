@@ -92,7 +92,7 @@ class NetworkDenoiser(NetworkWrapper):
         float_dtype = torch.promote_types(x.dtype, torch.float32)
         z = (expand_to(c_in, x).to(float_dtype) * x).to(self._network_dtype(x.dtype))
 
-        told = {**expanded(self.condition, len(x)), **plain(condition)}
+        told = {**expanded(self.condition, x.shape[0]), **plain(condition)}  # len(x) would fix it in an export
         output = self._call_network(z, c_noise, on_device(told, z.device))
         float_dtype = torch.promote_types(float_dtype, output.dtype)
         c_skip, c_out = (expand_to(c, x).to(float_dtype) for c in (c_skip, c_out))

@@ -57,6 +57,7 @@ def assert_golden(result: Tensor, key: str) -> None:
     torch.testing.assert_close(result, GOLDEN[key], rtol=1e-11, atol=1e-11)  # float64, a few hundred operations
 
 
+@pytest.mark.usefixtures("around")
 class TestReferenceCodes:
     @pytest.mark.parametrize("order", [[0, 17, 31, 39], [39, 31, 17, 0], [0, 17, 31], [31, 17, 0]])
     def test_openai_multistep(self, order: list[int]) -> None:
@@ -379,6 +380,7 @@ class Labelled(nn.Module):
         return self.drop(self.layer(x) + label[:, None])
 
 
+@pytest.mark.usefixtures("around")
 class TestStudents:
     @pytest.mark.parametrize("kind", [ap.ConsistencyModel, ap.ConsistencyTrajectoryModel])
     @pytest.mark.parametrize("wrap", [lambda s: s, AveragedModel, lambda s: torch.compile(s, backend="eager")])
