@@ -6,13 +6,14 @@ $x_0$ and $n$, so the denoiser is linear in F: $D = c_{skip} x + c_{out} F$.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .._checks import check_choice
+from .._checks import all_true, check_choice
 from ..noise_levels.schedules import Schedule
 
 
@@ -49,8 +50,14 @@ class PredictionScalings:
             )
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ``c_skip``, ``c_out``, ``c_in`` and ``c_noise`` at noise levels ``t``."""
+        """Return ``c_skip``, ``c_out``, ``c_in`` and ``c_noise`` at noise levels ``t``, refused where it has none."""
         time = self.schedule.time(t)
+        if all_true(~time.isnan()) is False:  # off the CPU the result is NaN
+            low, high = self.schedule.noise_range or (0.0, math.inf)
+            raise ValueError(
+                f"noise levels must be within the schedule's {low:.6g} to {high:.6g}, got "
+                f"{t[time.isnan()][0].item():.6g}: choose levels between its ends, schedule.noise_range."
+            )
         c_skip, c_out = _COEFFICIENTS[self.prediction](self.schedule, time)
         return c_skip, c_out, self.schedule.alpha(time), self.schedule.told(time)
 
