@@ -172,7 +172,7 @@ class CMPreconditioning(Preconditioning):
             return super().fault(t, s, where)
         return super().fault(t, s, where) or (
             f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got s = "
-            f"{s:.9g}{where}: leave it out, or take CTMPreconditioning."
+            f"{s:.9g}{where}: leave s out, or take CTMPreconditioning."
         )
 
 

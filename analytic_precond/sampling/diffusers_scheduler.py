@@ -117,8 +117,7 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         q, c_in, c_skip, c_out = (list(column) for column in zip(*rows, strict=True))
         told = torch.tensor(q, dtype=torch.float32, device="cpu")
         with torch.no_grad():  # in float32, as the student tells it with float32 data
-            conditioning = student.noise_conditioning
-            times = student.edm(told).c_noise if conditioning is None else conditioning(told)
+            times = student.scalings(told).c_noise
         scheduler: ConsistencyJumpScheduler = cls(
             levels=grid, c_noise=times.tolist(), c_in=c_in, c_skip=c_skip, c_out=c_out, sigma_min=student.sigma_min
         )
@@ -239,8 +238,8 @@ def _jump_on_network(student: ConsistencyModel, t: float) -> tuple[float, float,
     c_skip, c_out = (float(c) for c in scalings)
     here = torch.tensor(t, dtype=torch.float64, device="cpu")
     q = student.precond.network_level(here, student.sigma_min).to(here)
-    edm, scale = student.edm(q), float(input_scale(here, q, student.precond.sigma_data))
-    return float(q), float(edm.c_in) * scale, c_skip + c_out * float(edm.c_skip) * scale, c_out * float(edm.c_out)
+    inner, scale = student.scalings(q), float(input_scale(here, q, student.precond.sigma_data))
+    return float(q), float(inner.c_in) * scale, c_skip + c_out * float(inner.c_skip) * scale, c_out * float(inner.c_out)
 
 
 def _at_least_float32(x: Tensor) -> torch.dtype:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .._checks import check_level, check_not_negative
 from ..preconditionings.base import ROUNDING
-from ..students.consistency_models import ConsistencyModel, student_behind
+from ..students.base import student_behind
+from ..students.consistency_models import ConsistencyModel
 
 Levels = Tensor | Sequence[float] | Sequence[int]
 
