@@ -8,33 +8,31 @@ from typing import Any
 import pytest
 import torch
 from foreign_networks import PATHS, Mixture
-from problems import Gaussian
+from problems import coefficient_tables, gaussian_problem
 from torch import Tensor, nn
 
 import analytic_precond as ap
 
-PROBLEM = Gaussian()
+PROBLEM = gaussian_problem()
 T = torch.tensor([80.0, 9.0, 2.0, 0.5], dtype=torch.float64)
 S = torch.tensor([0.01, 5.0, 2.0, 0.1], dtype=torch.float64)
 X_T = T[:, None] * torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-D = PROBLEM.denoiser()(X_T, T)
+D = PROBLEM.denoiser(X_T, T)
 FIT: dict[str, Any] = {"num_trajectories": 32, "progress": False}
 
 
 def preconditionings() -> dict[str, ap.Preconditioning]:
-    levels, l, s = PROBLEM.tables(60)
+    levels, l, s = coefficient_tables(PROBLEM, 60)
     some, data = ap.log_noise_levels(20), PROBLEM.sample(64, 0)
-    w = torch.tensor(PROBLEM.variances, dtype=torch.float64) / (
-        torch.tensor(PROBLEM.variances, dtype=torch.float64) + levels[:, None] ** 2
-    )
+    w = PROBLEM.variances / (PROBLEM.variances + levels[:, None] ** 2)
     return {
         "ctm": ap.CTMPreconditioning(),
         "analytic": ap.AnalyticPreconditioning.from_coefficients(levels, l, s),
         "forward": ap.AnalyticPreconditioning.from_coefficients(levels, l, s, "forward"),
         "per element": ap.PerElementPreconditioning.from_coefficients(levels, w, 0 * w, "forward"),
-        "per mode": ap.PerModePreconditioning.fit(PROBLEM.denoiser(), data, some, basis=torch.eye(6).double(), **FIT),
-        "least squares": ap.LeastSquaresPreconditioning.fit(PROBLEM.denoiser(), data, some, **FIT),
-        "shifted": ap.ShiftedPreconditioning.fit(PROBLEM.denoiser(), data, some, **FIT),
+        "per mode": ap.PerModePreconditioning.fit(PROBLEM.denoiser, data, some, basis=torch.eye(6).double(), **FIT),
+        "least squares": ap.LeastSquaresPreconditioning.fit(PROBLEM.denoiser, data, some, **FIT),
+        "shifted": ap.ShiftedPreconditioning.fit(PROBLEM.denoiser, data, some, **FIT),
     }
 
 
@@ -93,7 +91,7 @@ def test_asks_the_network_as_the_denoiser_does(precond: ap.Preconditioning, name
 
 def test_exact_jump_of_a_flow() -> None:
     """Independent Gaussian elements, carried exactly by the forward form per element, between times of a flow."""
-    c = torch.tensor(PROBLEM.variances, dtype=torch.float64)
+    c = PROBLEM.variances
     start, end = torch.tensor([0.9, 0.5], dtype=torch.float64), torch.tensor([0.5, 0.1], dtype=torch.float64)
     a, b = ((1 - v)[:, None] ** 2 * c + v[:, None] ** 2 for v in (start, end))
     z = a.sqrt() * torch.randn(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
