@@ -118,13 +118,14 @@ class NetworkWrapper(Wrapper):
         self.network = network
         self._found = NetworkDtype(network)
 
-    def __call__(self, x: Tensor, *arguments: Any, **condition: Any) -> Any:
-        """Call it as any module; if the network is on another device, say so."""
+    def __call__(self, *arguments: Any, **condition: Any) -> Any:
+        """Call it as any module; if the network is on another device than the data, say so."""
         if torch.compiler.is_compiling():
-            return super().__call__(x, *arguments, **condition)
+            return super().__call__(*arguments, **condition)
         try:
-            return super().__call__(x, *arguments, **condition)
+            return super().__call__(*arguments, **condition)
         except RuntimeError as error:
+            x = arguments[0] if arguments else None
             devices = {tensor.device for tensor in tensors_of(self.network)}
             if not isinstance(x, Tensor) or not devices or x.device in devices:
                 raise

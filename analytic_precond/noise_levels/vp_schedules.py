@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_positive, check_tensor
-from .._precision import wide_dtype
+from .._precision import TableOnDevices
 from .schedules import Rates, Schedule, wide
 
 
@@ -186,6 +186,7 @@ class VPDiscreteSchedule(_VariancePreserving):
             )
         object.__setattr__(self, "alphas_cumprod", table)
         object.__setattr__(self, "_log_table", 0.5 * ((-table).log1p() - table.log()))
+        object.__setattr__(self, "_on_devices", TableOnDevices(self._log_table))  # type: ignore[attr-defined]
 
     @property
     def noise_range(self) -> tuple[float, float]:
@@ -222,5 +223,5 @@ class VPDiscreteSchedule(_VariancePreserving):
         return tau.detach().floor().clamp(0, len(self.alphas_cumprod) - 2).long()
 
     def _log_levels(self, like: Tensor) -> Tensor:
-        table: Tensor = self._log_table  # type: ignore[attr-defined]
-        return table.to(like.device, wide_dtype(like.device), non_blocking=True)
+        table: TableOnDevices = self._on_devices  # type: ignore[attr-defined]
+        return table.on(like.device)
