@@ -30,6 +30,15 @@ def check_tensor(value: object, name: str) -> None:
         )
 
 
+def check_device(value: Tensor, device: torch.device, name: str, owner: str) -> None:
+    """Refuse a tensor on another device than what it meets."""
+    if value.device != device:
+        raise ValueError(
+            f"{name} must be on {device}, as {owner} is, got {value.device}: move {owner} by .to('{value.device}'), or "
+            f"{name} by .to('{device}')."
+        )
+
+
 def check_level(level: object, name: str) -> None:
     """Refuse anything but a tensor of noise levels, or times, of float32 or float64; looks at no value."""
     check_tensor(level, name)

@@ -30,6 +30,33 @@ def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Te
     return torch.full((), value, dtype=dtype, device=device)
 
 
+class TableOnDevices:
+    """A table on the CPU that no module holds, with its copies on other devices, each made once.
+
+    Args:
+        table: The table.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        self.table = table
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the table in the widest dtype of a device."""
+        if device.type == "cpu" or torch.compiler.is_compiling():
+            return place(self.table, device, self.table.dtype)
+        if device not in self._copies:
+            with torch.inference_mode(False):  # for autograd, too
+                copied = place(self.table, device, self.table.dtype)
+            if type(copied) is not Tensor:  # one of a trace
+                return copied
+            self._copies[device] = copied
+        return self._copies[device]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"table": self.table, "_copies": {}}
+
+
 class FixedPrecisionModule(nn.Module):
     """A module whose buffers follow ``.to(device)`` but ignore ``.half()``, ``.bfloat16()`` and ``.to(dtype)``.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_level, check_positive, check_tensor
+from .._checks import all_true, check_device, check_level, check_positive, check_tensor
 from .._conditions import Condition
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to
@@ -246,3 +246,4 @@ def check_data(x_0: Tensor, noise: Tensor) -> None:
             f"x_0 and noise must be batches of one shape (B, ...), got {tuple(x_0.shape)} and {tuple(noise.shape)}: "
             f"draw noise with torch.randn(x_0.shape, generator=...)."
         )
+    check_device(noise, x_0.device, "noise", "x_0")

@@ -222,4 +222,5 @@ def _variances(basis: OrthonormalBasis, batches: Sequence[Tensor]) -> Tensor:
     wide = wide_dtype(device)
     mean = sum(batch.to(wide).sum(0) for batch in batches) / count
     total = sum(basis.to_modes(batch.to(wide) - mean).square().sum(0) for batch in batches)
-    return torch.as_tensor(total).to("cpu", torch.float64) / count
+    assert isinstance(total, Tensor)  # of some batches
+    return total.to("cpu", torch.float64) / count

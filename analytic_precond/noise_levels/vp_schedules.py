@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_finite, check_positive, check_tensor
-from .._precision import place
+from .._precision import TableOnDevices
 from .schedules import Rates, Schedule, check_direction, wide, with_slope
 
 
@@ -195,7 +195,7 @@ class VPDiscreteSchedule(_VariancePreserving):
             )
         object.__setattr__(self, "alphas_cumprod", table)
         object.__setattr__(self, "_log_table", 0.5 * ((-table).log1p() - table.log()))
-        steps = torch.arange(len(table)) if self.timesteps is None else self.timesteps
+        steps = torch.arange(len(table), device="cpu") if self.timesteps is None else self.timesteps
         if not isinstance(steps, Tensor):
             raise TypeError(f"timesteps must be a tensor, got {type(steps).__name__}: pass torch.tensor(timesteps).")
         steps = steps.detach().to("cpu", copy=True)
@@ -206,6 +206,8 @@ class VPDiscreteSchedule(_VariancePreserving):
                 f"(timesteps.flip(0) of a sampler's)."
             )
         object.__setattr__(self, "timesteps", steps)
+        tables = tuple(TableOnDevices(part) for part in (self._log_table, steps.double(), steps))  # type: ignore[attr-defined]
+        object.__setattr__(self, "_on_devices", tables)
 
     @property
     def noise_range(self) -> tuple[float, float]:
@@ -228,15 +230,13 @@ class VPDiscreteSchedule(_VariancePreserving):
         _, steps = self._tables(time)
         if not self.quantize:
             return self.time_scale * time.clamp(steps[0], steps[-1])
-        table: Tensor = self.timesteps  # type: ignore[assignment]
-        nearest = place(table, time.device, table.dtype)[_interval(time, (steps[1:] + steps[:-1]) / 2)]
+        nearest: Tensor = self._on_devices[2].on(time.device)[_interval(time, (steps[1:] + steps[:-1]) / 2)]  # type: ignore[attr-defined]
         return nearest if self.time_scale == 1 else self.time_scale * nearest
 
     def _tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return the table's ln t and times, where ``like`` is."""
-        log_levels, steps = self._log_table, self.timesteps  # type: ignore[attr-defined]
-        assert steps is not None
-        return place(log_levels, like.device, torch.float64), place(steps, like.device, torch.float64)
+        log_levels, steps, _ = self._on_devices  # type: ignore[attr-defined]
+        return log_levels.on(like.device), steps.on(like.device)
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:

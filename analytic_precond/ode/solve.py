@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .._checks import all_true, check_choice, check_count, check_finite, check_level, check_positive
 from .._conditions import rows_of
-from .._precision import wide_dtype
+from .._precision import place
 from ..noise_levels.per_sample import per_sample
 from ..teachers.denoiser import Denoiser
 from .steps import Velocity, Weights, euler, heun
@@ -68,7 +68,7 @@ def solve_ode(
     x = x.to(_state_dtype(dtype, x))
 
     # levels, and what steps multiply by, one row for each sample: nothing is left to compute of them in a step
-    grid = levels.to(x.device, wide_dtype(x.device), non_blocking=True)[:, None].expand(-1, len(x))
+    grid = place(levels, x.device, torch.float64)[:, None].expand(-1, len(x))
     weights = Weights.of(grid[:-1], grid[1:], x)
     states = [x]
     for i in tqdm(range(len(grid) - 1), desc="ODE", unit="step", disable=not progress):
@@ -141,7 +141,7 @@ def heun_solve(
         )
     evaluations = 2 * steps - ((steps > 0) & (last_index == last) & reaches_zero).long()
 
-    grid = levels.to(x.device, wide_dtype(x.device), non_blocking=True)
+    grid = place(levels, x.device, torch.float64)
     index = first_index + torch.arange(max(steps.tolist(), default=0) + 1, device="cpu")[:, None]
     return _march(velocity, x, dtype, evaluations, grid[index.clamp(max=last).to(x.device, non_blocking=True)])
 
@@ -200,7 +200,7 @@ def heun_solve_between(
     steps = _host_integers(num_steps, x, "num_steps", 1)
 
     target = torch.where(u <= t, u, torch.nan)
-    num = steps.to(x.device, t.dtype, non_blocking=True)
+    num = num_steps if isinstance(num_steps, int) else place(steps, x.device, t.dtype)  # a number is not copied
     root_ratio = (target / t) ** (1 / rho)  # levels relative to t: no rho overflows
     step = torch.arange(max(steps.tolist(), default=0) + 1, device=x.device, dtype=t.dtype)[:, None]
     level = t * torch.lerp(torch.ones_like(root_ratio), root_ratio, step / num) ** rho

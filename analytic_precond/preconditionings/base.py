@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_level, check_positive, check_tensor
+from .._checks import all_true, check_device, check_level, check_positive, check_tensor
 from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
 from ..noise_levels.per_sample import expand_to, one_per_sample
@@ -246,17 +246,14 @@ class Preconditioning(FixedPrecisionModule):
         self._check_sample(x_t)
         if other.shape != x_t.shape:
             raise ValueError(f"{name} must have x_t's shape {tuple(x_t.shape)}, got {tuple(other.shape)}.")
+        check_device(other, x_t.device, name, "x_t")
 
     def _for_batch(self, x: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return the coefficients in the widest dtype of x's device, shaped to multiply what `_to_modes` makes of x."""
         return self._shaped(self._wide(one_per_sample(t, x, "t"), one_per_sample(s, x, "s")), x)
 
     def _shaped(self, scalings: Scalings, x: Tensor) -> Scalings:
-        if scalings.c_out.device != x.device:
-            raise ValueError(
-                f"x_t must be on {scalings.c_out.device}, as the preconditioning is, got {x.device}: move the "
-                f"preconditioning, or the student around it, by .to('{x.device}')."
-            )
+        check_device(x, scalings.c_out.device, "x_t", "the preconditioning")
         return scalings if self.coefficient_shape else Scalings(*(expand_to(c, x) for c in scalings))
 
     def _per_jump(self, values: Tensor) -> Tensor:
@@ -273,14 +270,9 @@ class Preconditioning(FixedPrecisionModule):
         for level, name in ((t, "t"), (s, "s")):
             if isinstance(level, Tensor):
                 check_level(level, name)
-                if level.device.type == "cpu":
-                    continue
-                if own is not None and level.device != own:
-                    raise ValueError(
-                        f"{name} must be on {own}, as the preconditioning is, or on the CPU, got {level.device}: move "
-                        f"the preconditioning, or the student around it, by .to('{level.device}')."
-                    )
-                device = device or level.device
+                if level.device.type != "cpu":
+                    check_device(level, own or level.device, name, "the preconditioning")
+                    device = device or level.device
             elif not isinstance(level, float):
                 raise TypeError(
                     f"{name} must be a noise level (float or floating-point tensor), got {level!r} "

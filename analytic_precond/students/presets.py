@@ -134,7 +134,7 @@ def paper_experiment(name: str) -> PaperExperiment:
 def _karras(ramp: Tensor) -> Tensor:
     """Equation 5 of Karras et al. (2022) in the ramp's dtype; only the two roots are Python floats."""
     start, end = _ROOTS
-    return torch.as_tensor((start + ramp * (end - start)) ** _RHO)
+    return torch.as_tensor((start + ramp * (end - start)) ** _RHO, device="cpu")
 
 
 def _float32_index_levels(num: int) -> Tensor:

@@ -517,10 +517,11 @@ class TestFile:
 def test_cuda(precond: PerModePreconditioning) -> None:
     x, D = batch(0)
     expected = precond.jump(x, D, T, S)
-    there = copy.deepcopy(precond).cuda()
+    there, moved = copy.deepcopy(precond).cuda(), [value.cuda() for value in (x, D, T, S)]
+    there.jump(*moved)  # cuBLAS sets itself up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        got = there.jump(x.cuda(), D.cuda(), T.cuda(), S.cuda())
+        got = there.jump(*moved)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-5, atol=1e-5)
