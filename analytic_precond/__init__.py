@@ -48,6 +48,7 @@ from .preconditionings.hand_crafted import (
     TrigFlowPreconditioning,
 )
 from .preconditionings.per_element import PerElementPreconditioning
+from .preconditionings.scheduled import ScheduledPreconditioning
 from .sampling.noise import draw_noise, per_sample_generators
 from .sampling.samplers import SamplingStep, sample_deterministic, sample_gamma, sample_multistep, sample_one_step
 from .statistics.element_statistics import ElementStatistics
@@ -125,6 +126,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "PerModePreconditioning",
     "PerElementPreconditioning",
     "ShiftedPreconditioning",
+    "ScheduledPreconditioning",
     # students
     "NOISE_CONDITIONINGS",
     "ConsistencyModel",
