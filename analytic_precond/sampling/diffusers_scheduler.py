@@ -262,7 +262,8 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         dtype = _at_least_float32(original_samples)
         tables = torch.tensor([self._alpha, self.config["levels"]], dtype=dtype, device=original_samples.device)
         alpha, t = tables[:, rows].reshape(2, -1, *[1] * (original_samples.ndim - 1))
-        return (alpha * (original_samples.to(dtype) + t * noise.to(dtype))).to(original_samples.dtype)
+        noisy: Tensor = alpha * (original_samples.to(dtype) + t * noise.to(dtype))
+        return noisy.to(original_samples.dtype)
 
     def _number(self, timestep: Tensor | float) -> int:
         """Return the position of a timestep among `timesteps`."""
