@@ -14,6 +14,7 @@ from .diagnostics.teacher_report import TeacherReport
 from .diagnostics.trajectory_alignment import TrajectoryAlignment, trajectory_alignment
 from .distillation.denoising import adaptive_balance, denoising_loss
 from .distillation.distances import pseudo_huber, pseudo_huber_elementwise, squared_error
+from .distillation.ict import ict_num_levels, sample_ict_times
 from .distillation.jump_times import (
     JumpTimes,
     ect_target_times,
@@ -29,11 +30,12 @@ from .estimation.estimate import estimate_statistics
 from .fitted_preconditionings.least_squares import LeastSquaresPreconditioning
 from .fitted_preconditionings.per_mode import PerModePreconditioning
 from .fitted_preconditionings.shifted import ShiftedPreconditioning
+from .noise_levels.function_schedule import FunctionSchedule
 from .noise_levels.grids import karras_noise_levels, log_noise_levels
 from .noise_levels.network_scalings import NOISE_CONDITIONINGS, DenoiserScalings, EDMPreconditioning
 from .noise_levels.per_sample import expand_to
 from .noise_levels.random_levels import sample_karras_noise_levels, sample_lognormal_noise_levels
-from .noise_levels.schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
+from .noise_levels.schedules import EDMSchedule, Rates, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
 from .noise_levels.vp_schedules import VPCosineSchedule, VPDiscreteSchedule, VPLinearSchedule
 from .ode.solve import heun_solve, heun_solve_between, solve_ode
 from .ode.steps import euler_step, heun_step, probability_flow_velocity
@@ -48,15 +50,18 @@ from .preconditionings.hand_crafted import (
     TrigFlowPreconditioning,
 )
 from .preconditionings.per_element import PerElementPreconditioning
+from .preconditionings.scheduled import ScheduledPreconditioning
+from .sampling.callbacks import SamplingStep
 from .sampling.noise import draw_noise, per_sample_generators
-from .sampling.samplers import SamplingStep, sample_deterministic, sample_gamma, sample_multistep, sample_one_step
+from .sampling.samplers import sample_deterministic, sample_gamma, sample_multistep, sample_one_step
 from .statistics.element_statistics import ElementStatistics
 from .statistics.ems import EMS, load_ems, save_ems
 from .statistics.merging import merge_statistics
 from .statistics.teacher_statistics import StatisticsHeader, TeacherStatistics
+from .students.averaging import exponential_moving_average
 from .students.consistency_models import ConsistencyModel, ConsistencyTrajectoryModel
+from .students.initialization import initialize_from_teacher
 from .students.presets import PAPER_EXPERIMENTS, PRESETS, PaperExperiment, Preset, paper_experiment, preset
-from .students.weights import exponential_moving_average, initialize_from_teacher
 from .teachers.denoiser import Denoiser
 from .teachers.diffusers_models import denoiser_from_diffusers
 from .teachers.exact import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser
@@ -92,6 +97,8 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "VPDiscreteSchedule",
     "RectifiedFlowSchedule",
     "TrigFlowSchedule",
+    "FunctionSchedule",
+    "Rates",
     # the teacher's ODE
     "probability_flow_velocity",
     "euler_step",
@@ -124,6 +131,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "PerModePreconditioning",
     "PerElementPreconditioning",
     "ShiftedPreconditioning",
+    "ScheduledPreconditioning",
     # students
     "NOISE_CONDITIONINGS",
     "ConsistencyModel",
@@ -135,6 +143,8 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "sample_adjacent_times",
     "sample_continuous_times",
     "ect_target_times",
+    "sample_ict_times",
+    "ict_num_levels",
     "sample_lognormal_noise_levels",
     "sample_karras_noise_levels",
     "squared_error",

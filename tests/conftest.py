@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch.distributed as dist
+from constructions import make_students_from_denoisers
 from hypothesis import settings
 
 # the same examples on every machine, and no time limit on each: machines are shared
@@ -17,6 +18,14 @@ settings.load_profile("steady")
 
 # a background shell starts its processes deaf to interruptions, which tests send to themselves and to others
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(params=["network", pytest.param("denoiser", marks=pytest.mark.long)])
+def around(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run a test of students around raw networks as it is, and with students around denoisers."""
+    if request.param == "denoiser":
+        make_students_from_denoisers(monkeypatch)
+    return str(request.param)
 
 
 @pytest.fixture

@@ -451,6 +451,7 @@ def doors() -> Iterator[tuple[str, Callable[[Callable[..., Tensor], Any], object
     yield "denoise", lambda f, c: ap.ConsistencyModel(f, ap.CTMPreconditioning()).denoise(x, t, told=c)
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("door", [door for _, door in doors()], ids=[name for name, _ in doors()])
 @pytest.mark.parametrize("wrap", [lambda c: c, lambda c: {"in": [c]}], ids=["bare", "nested"])
 def test_no_mark_reaches_a_teacher_or_a_student(door: Any, wrap: Any) -> None:
@@ -466,6 +467,7 @@ def test_no_mark_reaches_a_teacher_or_a_student(door: Any, wrap: Any) -> None:
         assert (told["in"][0] if isinstance(told, dict) else told) is TOLD
 
 
+@pytest.mark.usefixtures("around")
 def test_marks_come_off_in_a_compiled_graph() -> None:
     student = ap.ConsistencyTrajectoryModel(lambda x, c_t, c_s, told: x * told.prod(), ap.CTMPreconditioning())
     teacher = lambda x, t, told: x * told["a"].prod()  # noqa: E731

@@ -292,6 +292,7 @@ def gradients(student: nn.Module) -> list[Tensor]:
 LOSSES = {"consistency": ap.consistency_distillation_loss, "trajectory": ap.trajectory_distillation_loss}
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("distance", [ap.squared_error, ap.pseudo_huber], ids=lambda distance: distance.__name__)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["euler", "backward", "per element", "least squares", "cosines"])
@@ -372,6 +373,7 @@ def test_a_labelled_network_on_a_table_is_the_same_without_waiting(device: str, 
     torch.testing.assert_close(got[0].cpu(), expected, rtol=1e-5, atol=1e-4)  # sines, and a float32 index
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["backward", "least squares", "cosines"])
 def test_a_training_step_is_captured_as_a_graph(device: str, name: str, loss: str) -> None:
@@ -421,6 +423,7 @@ SAMPLERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", ["euler", "backward", "least squares", "cosines"])
 def test_samplers_are_the_same(device: str, name: str, sampler: str) -> None:

@@ -58,10 +58,12 @@ def levels_for(denoiser: Denoiser, levels: Tensor | None, num: int) -> Tensor:
     known = noise_range_of(denoiser)
     ends = levels[-1].item(), levels[0].item()
     if known is not None and (ends[0] < known[0] * (1 - _ROUNDING) or ends[1] > known[1] * (1 + _ROUNDING)):
+        finite = known[0] > 0 and known[1] < math.inf
+        inside = "*denoiser.noise_range" if finite else f"{known[0] or 0.002:.4g}, {min(known[1], 80.0):.4g}"
         warn_caller(
-            f"the teacher knows noise levels from {known[0]:.4g} to {known[1]:.4g}, the ends of its schedule's table, "
+            f"the teacher knows noise levels from {known[0]:.4g} to {known[1]:.4g}, the ends of its schedule, "
             f"but is asked at {ends[0]:.4g} to {ends[1]:.4g}: beyond, it is told the nearest, and its answers are "
-            f"wrong. Leave levels out, or pass log_noise_levels({num}, *denoiser.noise_range)."
+            f"wrong. Leave levels out, or pass log_noise_levels({num}, {inside})."
         )
     return levels
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._checks import all_true, check_choice, check_count, check_level, check_levels, check_positive, may_read
 from .._precision import wide_dtype
 from ..noise_levels.random_levels import check_destination, check_generator, check_ramp, draw, karras_level
-from ..students.consistency_models import default_range
+from ..students.base import default_range
 
 
 class JumpTimes(NamedTuple):
@@ -92,16 +92,16 @@ def sample_jump_times(
     check_generator(generator)
     check_choice(step_weighting, ("weighted", "uniform"), "step_weighting")
     check_choice(end, ("uniform", "smallest"), "end")
-    _check_grid(levels)
+    check_grid(levels)
 
     N = len(levels)
     uniform_k, uniform_i, uniform_j = draw(torch.rand, (3, batch), levels.device, generator)
     steps = torch.arange(1, min(max_steps, N - 1) + 1, device=levels.device)
     cumulative = (steps if step_weighting == "weighted" else torch.ones_like(steps)).cumsum(0)
-    k = 1 + torch.searchsorted(cumulative, _below(cumulative[-1], uniform_k), right=True)
-    i = _below(N - k, uniform_i)
+    k = 1 + torch.searchsorted(cumulative, below(cumulative[-1], uniform_k), right=True)
+    i = below(N - k, uniform_i)
     u = i + k
-    j = u + _below(N - u, uniform_j) if end == "uniform" else torch.full_like(u, N - 1)
+    j = u + below(N - u, uniform_j) if end == "uniform" else torch.full_like(u, N - 1)
     return JumpTimes(levels[i], levels[u], levels[j], i, u, j, levels)
 
 
@@ -251,12 +251,12 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
     return (wide * ratio.clamp(min=0)).to(t.dtype)
 
 
-def _below(bound: Tensor, uniform: Tensor) -> Tensor:
+def below(bound: Tensor, uniform: Tensor) -> Tensor:
     """Return integers uniform on {0, ..., bound - 1}; in floating point bound * (1 - eps / 2) stays below bound."""
     return (bound * uniform).long()
 
 
-def _check_grid(levels: object) -> None:
+def check_grid(levels: object) -> None:
     """Refuse what is not a grid; its values are looked at on the CPU only, where that stalls nothing."""
     check_level(levels, "levels")
     assert isinstance(levels, Tensor)

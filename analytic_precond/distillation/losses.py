@@ -18,7 +18,7 @@ from .._conditions import Condition
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to
 from ..ode.solve import heun_solve, heun_solve_between
-from ..students.consistency_models import default_range
+from ..students.base import default_range
 from ..teachers.denoiser import Denoiser
 from .distances import squared_error
 from .jump_times import JumpTimes

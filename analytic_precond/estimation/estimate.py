@@ -147,6 +147,7 @@ def estimate_statistics(
                     x_0, first, state = batch.x, batch.first, run.state
                     noise, probes = pair_noise(seed, first, len(x_0), x_0.shape[1:], probes=l_method == "hutchinson")
                     noise = noise.to(x_0.device, wide_dtype(x_0.device))
+                    probes = None if probes is None else probes.to(x_0)
                     keywords = conditions(batch)
 
                     moments = noise.new_empty(num_levels, len(x_0), len(MOMENTS))

@@ -72,8 +72,10 @@ class EstimationState:
             self.elements.add(level, features)
 
     def add(self, first_unit: int, moments: Tensor) -> None:
-        """Add the moments of consecutive samples. Shape ``(K, B, 7)``, float64 on the CPU."""
+        """Add consecutive samples, whose features were added: their moments, ``(K, B, 7)`` in float64 on the CPU."""
         groups = group_of(first_unit, moments.shape[1], self.request.num_units)
+        if self.centering is not None:
+            self.centering.fetch()
         self.counts.index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
         self.values.index_add_(0, groups, moments.transpose(0, 1))
 

@@ -77,6 +77,8 @@ class Centering:
         self.distinct = torch.zeros(num_groups(num_units), num_levels, NUM_PRODUCTS, dtype=torch.float64, device="cpu")
         self.open: list[dict[int, Tensor]] = [{} for _ in range(num_levels)]
         self.whole: Tensor | None = None
+        self._arriving: list[tuple[int, int, Tensor]] = []  # group and level of products that are still on the device
+        self._closing: list[tuple[int, Tensor]] = []  # level of sums over a group that are
 
     def add(self, level: int, first_unit: int, features: Sequence[Tensor]) -> None:
         """Add one level's features of consecutive units; shapes as for `inner_products`."""
@@ -89,15 +91,28 @@ class Centering:
             before = self.open[level].get(group)  # what was loaded from a file is on the CPU
             self.open[level][group] = rows.sum(1) if before is None else before.to(rows) + rows.sum(1)
             # all pairs of a group are the square of its sum, from which the units with themselves go at once
-            self.distinct[group, level] -= inner_products(list(rows[:, None])).sum(0).cpu()
+            self._arriving.append((group, level, -inner_products(list(rows[:, None])).sum(0)))
             first_unit += rows.shape[1]
             if first_unit == group_range(group, self.num_units)[1]:
                 self._close(level, group)
 
     def _close(self, level: int, group: int) -> None:
         sums = self.open[level].pop(group)
-        self.distinct[group, level] += inner_products(list(sums[:, None, None]))[0].cpu()
-        self._add_whole(level, sums.to("cpu", torch.float64))
+        self._arriving.append((group, level, inner_products(list(sums[:, None, None]))[0]))
+        self._closing.append((level, sums))
+
+    def fetch(self) -> None:
+        """Take what was added since from the device, all at once: it waits, as each transfer would."""
+        arriving, closing = self._arriving, self._closing
+        self._arriving, self._closing = [], []
+        if arriving:
+            products = torch.stack([part for *_, part in arriving]).to("cpu", torch.float64)
+            for (group, level, _), part in zip(arriving, products, strict=True):
+                self.distinct[group, level] += part
+        if closing:
+            whole = torch.stack([sums for _, sums in closing]).to("cpu", torch.float64)
+            for (level, _), sums in zip(closing, whole, strict=True):
+                self._add_whole(level, sums)
 
     def _add_whole(self, level: int | slice, sums: Tensor, rounding: Tensor | float = 0.0) -> None:
         """Add to the sums over whole groups, with the rounding of the addition beside them (Knuth's two-sum).
@@ -135,6 +150,7 @@ class Centering:
         for level, opened in enumerate(self.open):
             for group in sorted(opened):
                 self._close(level, group)
+        self.fetch()
         assert self.whole is not None
         means = self.whole.sum(0) / counts.sum()
         if not bool((counts > 1).any()):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,17 @@ from ..teachers.denoiser import Denoiser
 
 _NUM_LEVELS = 40  # docs/method.md, section 10: c_out is then good to 7e-6
 
-Points = list[tuple[Tensor, Tensor]]  # x and x - D(x, t), level after level. Shapes (B, ...)
+
+class Points(NamedTuple):
+    """A batch's points at all levels, for whoever gets them to overwrite. Shapes ``(K, B, ...)``.
+
+    Attributes:
+        x: The states.
+        removed: What the teacher takes off them, x - D(x, t).
+    """
+
+    x: Tensor
+    removed: Tensor
 
 
 @dataclass(frozen=True)
@@ -100,10 +110,10 @@ class Trajectories:
         def work(start: Start, rows: slice) -> int:
             piece = start.rows(rows)
             bar.n = piece.first * passes  # set back where memory has run out on the way
-            points: Points = []
-            for point in trajectory(self.denoiser, piece, grid):
-                bar.update(len(piece.x) * (PASSES_PER_STEP if points else 1))
-                points.append(point)
+            points = Points(*(piece.x.new_empty(len(grid), *piece.x.shape) for _ in range(2)))
+            for k, point in enumerate(trajectory(self.denoiser, piece, grid)):
+                bar.update(len(piece.x) * (PASSES_PER_STEP if k else 1))
+                points.x[k], points.removed[k] = point
             add(piece, points, partial(bar.update, len(piece.x)))
             return len(piece.x)
 

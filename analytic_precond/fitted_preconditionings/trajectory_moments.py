@@ -105,19 +105,21 @@ def trajectory_moments(
     sums = _zeros(N, G, K, K), _zeros(N, G, K, K), _zeros(N, G, K)
 
     def add(start: Start, points: Points, _: object) -> None:
-        # 1. the points' coordinates, and E = left x - (x - D). Shapes (K, B, d)
-        x, removed = (torch.stack([to_modes(part) for part in parts]) for parts in zip(*points, strict=True))
-        E = left.to(x)[:, None, None] * x - removed
-        _check_answers(E.isfinite().flatten(1).all(1), levels)
+        # 1. the points' coordinates, and E = left x - (x - D), in place: of all that is held, these are the largest
+        x, E = (part.flatten(2) for part in points)
+        for k, share in enumerate(left.tolist()):
+            x[k], E[k] = to_modes(points.x[k]), to_modes(points.removed[k])
+            E[k].neg_().add_(x[k], alpha=share)
+        _check_answers(torch.stack([part.isfinite().all() for part in E]), levels)
         sizes[:] = torch.tensor([x[0, 0, group].numel() for group in groups], device="cpu")
-        # 2. their products, block by block and group by group, where the points are
-        found = []
+        # 2. their products, block by block (of consecutive trajectories) and group by group, where the points are
+        found, first = [], 0
         blocks = torch.arange(start.first, start.first + x.shape[1], device="cpu") * N // trajectories.num
-        for block in blocks.unique().tolist():
-            rows = (blocks == block).to(x.device)
-            x_rows, E_rows = x[:, rows], E[:, rows]
-            products = [_products(x_rows[..., group].flatten(1), E_rows[..., group].flatten(1)) for group in groups]
-            found.append((block, x_rows.shape[1], [torch.stack(part).cpu() for part in zip(*products, strict=True)]))
+        for block, num in zip(*(part.tolist() for part in blocks.unique(return_counts=True)), strict=True):
+            rows = slice(first, first + num)
+            products = [_products(*(v[:, rows][..., group].flatten(1) for v in (x, E))) for group in groups]
+            found.append((block, num, [torch.stack(part).cpu() for part in zip(*products, strict=True)]))
+            first += num
         # 3. the sums: all of the batch, since here memory no longer runs out
         for block, count, parts in found:
             counts[block] += count
@@ -137,7 +139,7 @@ def _products(x: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments:
     """Follow trajectories, ask the teacher at each of their points at all lower levels, and sum the products.
 
-    Memory: the trajectories of one batch and what they are made of, some ``5 K B d`` numbers in float64.
+    Memory: the trajectories of one batch, ``2 K B d`` numbers in float64.
 
     Args:
         trajectories: Those to follow.
@@ -153,9 +155,9 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
 
     def add(start: Start, points: Points, count_pass: Callable[[], object]) -> None:
         velocity = Velocity.of(trajectories.denoiser, start.x.to(start.dtype), start.condition)
-        states = torch.stack([x.flatten() for x, _ in points])
+        states = points.x.flatten(1)
         Ex, EE = states.new_zeros(K, K, K), states.new_zeros(K, K)
-        for i, (x, removed) in enumerate(points):
+        for i, (x, removed) in enumerate(zip(*points, strict=True)):
             for k in range(i, K):
                 # the trajectory's own answer serves k = i; of the others only products are kept
                 answer = x - removed if k == i else _ask(velocity, x, grid[i], grid[k], sigma_data)

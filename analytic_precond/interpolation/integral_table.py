@@ -110,16 +110,14 @@ class IntegralTable(TableModule):
         """Mirror the ends in Python, and lay out one row per cell: a level's numbers are then gathered at once.
 
         A row holds the polynomials of l, ln L, -ln(L S) and N in w = v / 2 (scaled by powers of 2, which is exact), the
-        last with the running integral's low part; its high part; the cell's middle.
+        running integral as high + low, and the cell's middle.
         """
         super().mirror_ends()
         l, ln_L, ln_S, N = self.polynomials.unbind(1)
         powers = 2.0 ** torch.arange(len(l) - 1, -1, -1, dtype=l.dtype, device=l.device)
         polynomials = torch.stack([l, ln_L, -(ln_L + ln_S), N], 1) * powers[:, None, None]
-        high, low = self.running.unbind(1)
-        polynomials[-1, 3] += low  # rounds to as many digits as low has
         middle = torch.arange(_CELLS, dtype=l.dtype, device=l.device) + 0.5
-        rows = torch.cat([polynomials.flatten(0, 1), high[None], middle[None]]).T.contiguous()
+        rows = torch.cat([polynomials.flatten(0, 1), self.running.T, middle[None]]).T.contiguous()
         self.register_buffer("rows", rows, persistent=False)
 
     def forward(self, t: Tensor, s: Tensor, with_S: bool = True) -> PairIntegrals:
@@ -138,22 +136,21 @@ class IntegralTable(TableModule):
 
         # 2. Each place's cell, and the four polynomials there; w is in [-1/2, 1/2]. NaN becomes some integer.
         rows = self.rows[position.detach().long().clamp(0, _CELLS - 1)]
-        high, middle = rows[..., -2:].unbind(-1)
-        w = (position - middle)[..., None]
-        value, *lower_powers = rows[..., :-2].unflatten(-1, (-1, 4)).unbind(-2)
+        w = (position - rows[..., -1])[..., None]
+        value, *lower_powers = rows[..., :-3].unflatten(-1, (-1, 4)).unbind(-2)
         for coefficient in lower_powers:  # Horner, elementwise: equal levels give equal bits
             value = value * w + coefficient
-        l, ln_L, minus_h, N = value.unbind(-1)
+        l_t, l_s, minus_h_s = value[0, ..., 0], value[1, ..., 0], value[1, ..., 2]
 
         # 3. Differences and ratios of the two ends: nothing of the size of L or S itself is formed.
-        delta_N = (high[1] - high[0]) + (N[1] - N[0])
-        ln_L_ratio = ln_L[0] - ln_L[1]
+        _, ln_L_ratio, ln_LS_ratio, minus_N = (value[0] - value[1]).unbind(-1)
+        high, low = (rows[1, ..., -3:-1] - rows[0, ..., -3:-1]).unbind(-1)
         return PairIntegrals(
-            l_t=l[0],
-            l_s=l[1],
+            l_t=l_t,
+            l_s=l_s,
             L_ratio=ln_L_ratio.exp(),
-            S_ratio=((minus_h[0] - minus_h[1]) + ln_L_ratio).exp() if with_S else None,
-            r=delta_N * minus_h[1].exp(),
+            S_ratio=(ln_LS_ratio + ln_L_ratio).exp() if with_S else None,
+            r=(high + (low - minus_N)) * minus_h_s.exp(),
         )
 
 

@@ -9,8 +9,9 @@ shape, compute in float64 (float32 where a device has none) and are differentiab
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +21,15 @@ from .._precision import wide_dtype
 
 
 class Rates(NamedTuple):
-    r"""Derivatives of a schedule in its own time.
+    r"""Derivatives of a schedule in its own time: what `Schedule.rates` returns.
 
     Attributes:
         alpha: $d\alpha / d\tau$.
         sigma: $d\sigma / d\tau$.
+
+    Examples:
+        >>> RectifiedFlowSchedule().rates(torch.tensor(0.25)).sigma
+        tensor(1., dtype=torch.float64)
     """
 
     alpha: Tensor
@@ -33,7 +38,7 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    r"""Base of all schedules.
+    r"""Base of all schedules. One that is not here is a `FunctionSchedule`.
 
     Args:
         time_scale: Networks are told ``time_scale`` times the schedule's time, e.g. 1000 for a flow network that
@@ -58,9 +63,10 @@ class Schedule(ABC):
     def sigma(self, time: Tensor) -> Tensor:
         """Return the factor of the noise."""
 
-    @abstractmethod
     def rates(self, time: Tensor) -> Rates:
         """Return the derivatives of alpha and sigma in the schedule's time."""
+        tau = wide(time, "time")
+        return Rates(with_slope(self.alpha, tau)[1], with_slope(self.sigma, tau)[1])
 
     @abstractmethod
     def time(self, noise_level: Tensor) -> Tensor:
@@ -77,7 +83,11 @@ class Schedule(ABC):
 
     def network_time(self, noise_level: Tensor) -> Tensor:
         """Return what a network is told of ``noise_level``."""
-        return self.time_scale * self.time(noise_level)
+        return self.told(self.time(noise_level))
+
+    def told(self, time: Tensor) -> Tensor:
+        """Return what a network is told at a time."""
+        return self.time_scale * time
 
 
 @dataclass(frozen=True)
@@ -98,11 +108,6 @@ class EDMSchedule(Schedule):
     def sigma(self, time: Tensor) -> Tensor:
         """Return the time."""
         return wide(time, "time")
-
-    def rates(self, time: Tensor) -> Rates:
-        """Return 0 and 1."""
-        one = self.alpha(time)
-        return Rates(0 * one, one)
 
     def time(self, noise_level: Tensor) -> Tensor:
         """Return the noise level."""
@@ -135,8 +140,7 @@ class RectifiedFlowSchedule(Schedule):
     def __post_init__(self) -> None:
         """Refuse an unknown direction."""
         super().__post_init__()
-        if self.data_at not in (0, 1):
-            raise ValueError(f"data_at must be 0 or 1, the time of clean data, got {self.data_at!r}.")
+        check_direction(self.data_at)
 
     def alpha(self, time: Tensor) -> Tensor:
         """Return the share of the data."""
@@ -203,6 +207,19 @@ class TrigFlowSchedule(Schedule):
     def time(self, noise_level: Tensor) -> Tensor:
         """Return the angle."""
         return (wide(noise_level, "noise_level") / self.sigma_data).atan()
+
+
+def check_direction(data_at: object) -> None:
+    """Refuse what is no end of the times 0 to 1."""
+    if data_at not in (0, 1):
+        raise ValueError(f"data_at must be 0 or 1, the time of clean data, got {data_at!r}.")
+
+
+def with_slope(function: Callable[[Tensor], Tensor], time: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an elementwise function of the time, and its derivative there."""
+    pair: Any = torch.func.vjp(function, time)  # ten times as fast as a jvp on the CPU
+    value, pullback = pair
+    return value, pullback(torch.ones_like(value))[0]
 
 
 def wide(value: Tensor, name: str) -> Tensor:

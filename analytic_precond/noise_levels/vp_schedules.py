@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import check_finite, check_positive, check_tensor
 from .._precision import TableOnDevices
-from .schedules import Rates, Schedule, wide
+from .schedules import Rates, Schedule, check_direction, wide, with_slope
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,6 @@ class _VariancePreserving(Schedule):
     @abstractmethod
     def noise_level(self, time: Tensor) -> Tensor:
         """Return the noise level of a time, in a form without cancellation."""
-
-    @abstractmethod
-    def log_rate(self, time: Tensor) -> Tensor:
-        """Return the derivative of ln(noise level) in the schedule's time."""
 
     def alpha(self, time: Tensor) -> Tensor:
         """Return the factor of the clean data."""
@@ -36,7 +32,12 @@ class _VariancePreserving(Schedule):
 
     def rates(self, time: Tensor) -> Rates:
         """Return the derivatives of alpha and sigma."""
-        alpha, sigma, r = self.alpha(time), self.sigma(time), self.log_rate(time)
+        level, slope = with_slope(self.noise_level, wide(time, "time"))
+        alpha, sigma, r = (
+            self.alpha(time),
+            self.sigma(time),
+            slope / level,
+        )  # alpha^2 does not cancel, as in 1 - sigma^2
         return Rates(-alpha * sigma**2 * r, sigma * alpha**2 * r)
 
 
@@ -48,15 +49,16 @@ class VPLinearSchedule(_VariancePreserving):
       B = \beta_{min} \tau + \tfrac12 (\beta_{max} - \beta_{min}) \tau^2 = \ln(1 + t^2)$$
 
     Times run from 0 to 1; the last is noise level 152 with the default betas. Score-SDE networks want
-    ``time_scale=999``.
+    ``time_scale=999``. With data at time 1 (flow_matching, SiT), $1 - \tau$ takes $\tau$'s place.
 
     Args:
-        beta_min: Rate at time 0, positive.
-        beta_max: Rate at time 1, at least ``beta_min``.
+        beta_min: Rate at the data, positive.
+        beta_max: Rate at the noise, at least ``beta_min``.
+        data_at: The time of clean data, 0 or 1.
 
     Raises:
         TypeError: If an argument is not a number.
-        ValueError: If a beta is not positive or ``beta_max`` is the smaller.
+        ValueError: If a beta is not positive, ``beta_max`` is the smaller, or ``data_at`` neither 0 nor 1.
 
     Examples:
         >>> schedule = VPLinearSchedule()
@@ -66,10 +68,12 @@ class VPLinearSchedule(_VariancePreserving):
 
     beta_min: float = 0.1
     beta_max: float = 20.0
+    data_at: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
         super().__post_init__()
+        check_direction(self.data_at)
         check_positive(self.beta_min, "beta_min")
         check_positive(self.beta_max, "beta_max")
         if self.beta_max < self.beta_min:
@@ -77,18 +81,14 @@ class VPLinearSchedule(_VariancePreserving):
 
     def noise_level(self, time: Tensor) -> Tensor:
         """Return the noise level of a time."""
-        tau = wide(time, "time")
+        tau = _from_data(wide(time, "time"), self.data_at)
         return (self.beta_min * tau + 0.5 * (self.beta_max - self.beta_min) * tau**2).expm1().sqrt()
 
     def time(self, noise_level: Tensor) -> Tensor:
         """Return the time of a noise level."""
         B = (wide(noise_level, "noise_level") ** 2).log1p()
-        return 2 * B / (self.beta_min + (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * B).sqrt())
-
-    def log_rate(self, time: Tensor) -> Tensor:
-        """Return the derivative of ln(noise level) in time."""
-        beta = self.beta_min + (self.beta_max - self.beta_min) * wide(time, "time")
-        return 0.5 * beta * (1 + self.noise_level(time) ** -2)
+        tau = 2 * B / (self.beta_min + (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * B).sqrt())
+        return _from_data(tau, self.data_at)
 
 
 @dataclass(frozen=True)
@@ -98,13 +98,15 @@ class VPCosineSchedule(_VariancePreserving):
     $$\alpha = \frac{\cos(\phi_0 + \omega \tau)}{\cos \phi_0}, \quad \sigma = \sqrt{1 - \alpha^2}, \quad
       \phi_0 = \omega \cdot offset$$
 
-    Times run from 0 to 1, noise levels from 0 to infinity. ``offset=0`` is $\alpha = \cos(\pi \tau / 2)$.
+    Times run from 0 to 1, noise levels from 0 to infinity. ``offset=0`` is $\alpha = \cos(\pi \tau / 2)$; with data at
+    time 1, where $1 - \tau$ takes $\tau$'s place, it is $\alpha = \sin(\pi \tau / 2)$ (flow_matching, SiT's GVP).
 
     Args:
         offset: The offset s of the paper, from 0 to below 1.
+        data_at: The time of clean data, 0 or 1.
 
     Raises:
-        ValueError: If ``offset`` is out of range.
+        ValueError: If an argument is out of range.
 
     Examples:
         >>> VPCosineSchedule(offset=0.0).time(torch.tensor(1.0))  # cos = sin
@@ -112,10 +114,12 @@ class VPCosineSchedule(_VariancePreserving):
     """
 
     offset: float = 0.008
+    data_at: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
         super().__post_init__()
+        check_direction(self.data_at)
         if not 0 <= self.offset < 1:
             raise ValueError(f"offset must be from 0 to below 1, got {self.offset}: the paper's is 0.008.")
 
@@ -127,7 +131,7 @@ class VPCosineSchedule(_VariancePreserving):
     def noise_level(self, time: Tensor) -> Tensor:
         """Return the noise level of a time."""
         omega, phi_0 = self._angles
-        turned = omega * wide(time, "time")
+        turned = omega * _from_data(wide(time, "time"), self.data_at)
         # cos^2 phi_0 - cos^2 phi as a product: no cancellation near time 0
         return (turned.sin() * (turned + 2 * phi_0).sin()).sqrt() / (turned + phi_0).cos()
 
@@ -137,39 +141,44 @@ class VPCosineSchedule(_VariancePreserving):
         t2, tan_0 = wide(noise_level, "noise_level") ** 2 / math.cos(phi_0) ** 2, math.tan(phi_0)
         tan = (t2 + tan_0**2).sqrt()
         # atan(tan) - phi_0, without their cancellation
-        return (t2 / (tan + tan_0) / (1 + tan * tan_0)).atan() / omega
+        return _from_data((t2 / (tan + tan_0) / (1 + tan * tan_0)).atan() / omega, self.data_at)
 
-    def log_rate(self, time: Tensor) -> Tensor:
-        """Return the derivative of ln(noise level) in time."""
-        omega, phi_0 = self._angles
-        turned = omega * wide(time, "time")
-        return omega * (0.5 / turned.tan() + 0.5 / (turned + 2 * phi_0).tan() + (turned + phi_0).tan())
+
+def _from_data(time: Tensor, data_at: int) -> Tensor:
+    """Return the time as counted from the data, or back."""
+    return 1 - time if data_at else time
 
 
 @dataclass(frozen=True, eq=False)
 class VPDiscreteSchedule(_VariancePreserving):
     r"""Variance preserving on a table: $\alpha_i = \sqrt{\bar\alpha_i}$, $i = 0, 1, \ldots$ (DDPM, Stable Diffusion).
 
-    The time is the index; between indices $\ln t$ is linear in it, as in k-diffusion. Beyond the table the last
-    intervals go on, but a network is told the nearest index of the table.
+    The time is the index, or the table's own ``timesteps``; between them $\ln t$ is linear in it, as in k-diffusion.
+    Beyond the table the last intervals go on, but a network is told the nearest time of the table.
 
     Args:
         alphas_cumprod: $\bar\alpha$, strictly decreasing inside (0, 1). Shape ``(T,)``, T at least 2.
-        quantize: Tell the network the nearest index (nearest in $\ln t$) instead of a fraction, as int64 when
-            ``time_scale`` is 1.
+        quantize: Tell the network a time of the table, the nearest in $\ln t$, instead of one between, in the dtype of
+            ``timesteps`` (int64 for indices) when ``time_scale`` is 1.
+        timesteps: The times of the table, strictly increasing, instead of 0, 1, ...: what a network is told on a
+            respaced table, e.g. 250 of the 1000 steps that it was trained on. Shape ``(T,)``.
 
     Raises:
-        TypeError: If ``alphas_cumprod`` is not a floating-point tensor.
-        ValueError: If it is not as described.
+        TypeError: If ``alphas_cumprod`` is not a floating-point tensor, or ``timesteps`` no tensor.
+        ValueError: If they are not as described.
 
     Examples:
         >>> schedule = VPDiscreteSchedule(torch.tensor([0.9, 0.5, 0.1]))
         >>> schedule.time(torch.tensor([1 / 3, 1.0, 3.0, 3.0**0.5]))
         tensor([0.0000, 1.0000, 2.0000, 1.5000], dtype=torch.float64)
+        >>> respaced = VPDiscreteSchedule(schedule.alphas_cumprod[::2], timesteps=torch.tensor([0, 2]))
+        >>> respaced.time(torch.tensor([1 / 3, 1.0, 3.0]))
+        tensor([0.0000, 1.0000, 2.0000], dtype=torch.float64)
     """
 
     alphas_cumprod: Tensor
     quantize: bool = False
+    timesteps: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
@@ -186,7 +195,19 @@ class VPDiscreteSchedule(_VariancePreserving):
             )
         object.__setattr__(self, "alphas_cumprod", table)
         object.__setattr__(self, "_log_table", 0.5 * ((-table).log1p() - table.log()))
-        object.__setattr__(self, "_on_devices", TableOnDevices(self._log_table))  # type: ignore[attr-defined]
+        steps = torch.arange(len(table), device="cpu") if self.timesteps is None else self.timesteps
+        if not isinstance(steps, Tensor):
+            raise TypeError(f"timesteps must be a tensor, got {type(steps).__name__}: pass torch.tensor(timesteps).")
+        steps = steps.detach().to("cpu", copy=True)
+        if steps.shape != table.shape or not bool((steps.diff() > 0).all()):
+            raise ValueError(
+                f"timesteps must increase strictly and be as many as alphas_cumprod, {len(table)}, got shape "
+                f"{tuple(steps.shape)}, {steps.flatten()[:3].tolist()}...: pass one for each, the cleanest first "
+                f"(timesteps.flip(0) of a sampler's)."
+            )
+        object.__setattr__(self, "timesteps", steps)
+        tables = tuple(TableOnDevices(part) for part in (self._log_table, steps.double(), steps))  # type: ignore[attr-defined]
+        object.__setattr__(self, "_on_devices", tables)
 
     @property
     def noise_range(self) -> tuple[float, float]:
@@ -196,32 +217,34 @@ class VPDiscreteSchedule(_VariancePreserving):
 
     def noise_level(self, time: Tensor) -> Tensor:
         """Return the noise level of a time."""
-        tau, log_levels = wide(time, "time"), self._log_levels(time)
-        i = self._interval(tau)
-        return (log_levels[i] + (tau - i) * (log_levels[i + 1] - log_levels[i])).exp()
+        tau, (log_levels, steps) = wide(time, "time"), self._tables(time)
+        return _interpolate(tau, steps, log_levels).exp()
 
     def time(self, noise_level: Tensor) -> Tensor:
         """Return the time of a noise level."""
-        log_t, log_levels = wide(noise_level, "noise_level").log(), self._log_levels(noise_level)
-        i = (log_t.unsqueeze(-1) >= log_levels[1:-1]).sum(-1)
-        return i + (log_t - log_levels[i]) / (log_levels[i + 1] - log_levels[i])
+        log_t, (log_levels, steps) = wide(noise_level, "noise_level").log(), self._tables(noise_level)
+        return _interpolate(log_t, log_levels, steps)
 
-    def log_rate(self, time: Tensor) -> Tensor:
-        """Return the derivative of ln(noise level) in time."""
-        i, log_levels = self._interval(wide(time, "time")), self._log_levels(time)
-        return log_levels[i + 1] - log_levels[i]
+    def told(self, time: Tensor) -> Tensor:
+        """Return what a network is told at a time: one inside the table, or of it."""
+        _, steps = self._tables(time)
+        if not self.quantize:
+            return self.time_scale * time.clamp(steps[0], steps[-1])
+        nearest: Tensor = self._on_devices[2].on(time.device)[_interval(time, (steps[1:] + steps[:-1]) / 2)]  # type: ignore[attr-defined]
+        return nearest if self.time_scale == 1 else self.time_scale * nearest
 
-    def network_time(self, noise_level: Tensor) -> Tensor:
-        """Return the index that a network is told."""
-        time = self.time(noise_level).clamp(0, len(self.alphas_cumprod) - 1)
-        if self.quantize:
-            time = time.round()
-            return time.long() if self.time_scale == 1 else self.time_scale * time
-        return self.time_scale * time
+    def _tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the table's ln t and times, where ``like`` is."""
+        log_levels, steps, _ = self._on_devices  # type: ignore[attr-defined]
+        return log_levels.on(like.device), steps.on(like.device)
 
-    def _interval(self, tau: Tensor) -> Tensor:
-        return tau.detach().floor().clamp(0, len(self.alphas_cumprod) - 2).long()
 
-    def _log_levels(self, like: Tensor) -> Tensor:
-        table: TableOnDevices = self._on_devices  # type: ignore[attr-defined]
-        return table.on(like.device)
+def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
+    """Return the piecewise linear function through (xs, ys), whose first and last interval go on."""
+    i = _interval(x, xs[1:-1])
+    return ys[i] + (x - xs[i]) * ((ys[i + 1] - ys[i]) / (xs[i + 1] - xs[i]))
+
+
+def _interval(x: Tensor, bounds: Tensor) -> Tensor:
+    """Return how many of the increasing bounds are at most x."""
+    return (x.unsqueeze(-1) >= bounds).sum(-1)

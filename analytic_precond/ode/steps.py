@@ -19,7 +19,7 @@ from .._checks import check_tensor
 from .._conditions import Condition, plain
 from .._modules import modules_of, network_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
-from ..students.consistency_models import Student
+from ..students.base import Student
 from ..teachers.denoiser import Denoiser
 from ..teachers.networks import NetworkDenoiser
 

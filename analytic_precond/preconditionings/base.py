@@ -17,6 +17,8 @@ from .._checks import all_true, check_device, check_level, check_positive, check
 from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
 from ..noise_levels.per_sample import expand_to, one_per_sample
+from ..noise_levels.schedules import Schedule
+from .scheduled import ScheduledPreconditioning
 
 ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
 
@@ -122,14 +124,11 @@ class Preconditioning(FixedPrecisionModule):
         return Scalings(c_skip + c_out * edm_skip * scale, c_out * edm_out)
 
     def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
-        """Return the noise level that the network is told on a jump from t to s: t, where nothing else is said.
+        """Return the noise level, from s to t, that the network is told on a jump: t, where nothing else is said.
 
         Args:
             t: Noise levels to start from.
             s: Noise levels to reach, at most ``t``.
-
-        Returns:
-            Noise levels from ``s`` to ``t``, in the broadcast shape.
         """
         return t
 
@@ -174,16 +173,14 @@ class Preconditioning(FixedPrecisionModule):
             ValueError: If the shapes do not fit.
         """
         self._check_pair(x_t, denoised, "denoised")
-        dtype = torch.promote_types(x_t.dtype, denoised.dtype)
-        x, D = (v.to(torch.promote_types(dtype, torch.float32)) for v in (x_t, denoised))
-        return self._combine(self._for_batch(x_t, t, s), x, D).to(dtype)
+        return self._applied(self._for_batch(x_t, t, s), x_t, denoised)
 
     def required_output(self, x_t: Tensor, x_s: Tensor, t: Tensor | float, s: Tensor | float) -> Tensor:
         r"""Return the denoiser output with which the jump lands on ``x_s``: the inverse of `jump`.
 
         $$D^* = (x_s - c_{skip}\, x_t) / c_{out}$$
 
-        A short jump divides by a small ``c_out``, and whatever error ``x_s`` has with it: compute ``x_s`` in float64.
+        A short jump divides by a small ``c_out``: compute ``x_s`` in float64.
 
         Args:
             x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
@@ -211,6 +208,23 @@ class Preconditioning(FixedPrecisionModule):
             )
         return self._from_modes(torch.where(trivial, torch.nan, (modes_s - c_skip * modes_t) / c_out))
 
+    def on_schedule(self, schedule: Schedule) -> ScheduledPreconditioning:
+        r"""Return the same jump for students of another schedule, on $x' = \alpha x$ and between the schedule's times.
+
+        Examples:
+            >>> from analytic_precond import CTMPreconditioning, RectifiedFlowSchedule
+            >>> on_flow = CTMPreconditioning().on_schedule(RectifiedFlowSchedule())
+            >>> on_flow(torch.tensor(0.75), torch.tensor(0.5))  # tau_s / tau_t, and 1 - tau_s / tau_t
+            Scalings(c_skip=tensor(0.6667), c_out=tensor(0.3333))
+        """
+        return ScheduledPreconditioning(self, schedule)
+
+    def _applied(self, scalings: Scalings, x_t: Tensor, denoised: Tensor) -> Tensor:
+        """Return the jump with the batch's coefficients, in the wider of the tensors' dtypes."""
+        dtype = torch.promote_types(x_t.dtype, denoised.dtype)
+        x, D = (v.to(torch.promote_types(dtype, torch.float32)) for v in (x_t, denoised))
+        return self._combine(scalings, x, D).to(dtype)
+
     def _combine(self, scalings: Scalings, x: Tensor, D: Tensor) -> Tensor:
         """Return ``c_skip x + c_out D`` in the dtype of both, of the batch's coefficients in the widest."""
         c_skip, c_out = (c.to(x.dtype) for c in scalings)
@@ -236,7 +250,9 @@ class Preconditioning(FixedPrecisionModule):
 
     def _for_batch(self, x: Tensor, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return the coefficients in the widest dtype of x's device, shaped to multiply what `_to_modes` makes of x."""
-        scalings = self._wide(one_per_sample(t, x, "t"), one_per_sample(s, x, "s"))
+        return self._shaped(self._wide(one_per_sample(t, x, "t"), one_per_sample(s, x, "s")), x)
+
+    def _shaped(self, scalings: Scalings, x: Tensor) -> Scalings:
         check_device(x, scalings.c_out.device, "x_t", "the preconditioning")
         return scalings if self.coefficient_shape else Scalings(*(expand_to(c, x) for c in scalings))
 
@@ -280,12 +296,19 @@ class Preconditioning(FixedPrecisionModule):
         if all_valid is False:
             index = int((~valid).flatten().nonzero()[0])
             t_bad, s_bad = here.flatten()[index].item(), there.flatten()[index].item()
-            inside = self.sigma_min <= s_bad and t_bad <= self.sigma_max
-            advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
-            if t_bad == math.inf:
-                advice = "pure noise has no finite level, start at the sigma_max of the schedule, e.g. 80"
-            raise ValueError(
-                f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
-                f"t = {t_bad:.9g}, s = {s_bad:.9g} at position {index}: {advice}; noise levels are sigma, not indices."
-            )
+            raise ValueError(self.fault(t_bad, s_bad, f" at position {index}"))
         return here if all_valid else torch.where(valid, here, torch.nan), there
+
+    def fault(self, t: float, s: float, where: str = "") -> str | None:
+        """Return what is wrong with a jump from t to s, or None: of numbers, so that no device is waited for."""
+        low, high = self.sigma_min * (1 - ROUNDING), self.sigma_max * (1 + ROUNDING)
+        if 0 < t < math.inf and t <= high and low <= s <= t * (1 + ROUNDING):
+            return None
+        inside = self.sigma_min <= s and t <= self.sigma_max
+        advice = "a jump goes down" if inside else "take levels inside, or coefficients made for such levels"
+        if t == math.inf:
+            advice = "pure noise has no finite level, start at the sigma_max of the schedule, e.g. 80"
+        return (
+            f"jumps must go from t to s with {self.sigma_min:g} <= s <= t <= {self.sigma_max:g} and t > 0, got "
+            f"t = {t:.9g}, s = {s:.9g}{where}: {advice}; noise levels are sigma, not indices."
+        )

@@ -163,11 +163,17 @@ class CMPreconditioning(Preconditioning):
         all_reached = all_true(reached)
         if all_reached is False:
             index = int((~reached).flatten().nonzero()[0])
-            raise ValueError(
-                f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got s = "
-                f"{s.flatten()[index].item():.9g} at position {index}: leave s out, or take CTMPreconditioning."
-            )
+            raise ValueError(self.fault(t.flatten()[index].item(), s.flatten()[index].item(), f" at position {index}"))
         return t if all_reached else torch.where(reached, t, torch.nan), s
+
+    def fault(self, t: float, s: float, where: str = "") -> str | None:
+        """Return what is wrong with a jump, its target included."""
+        if abs(s - self.sigma_min) <= ROUNDING * self.sigma_min:
+            return super().fault(t, s, where)
+        return super().fault(t, s, where) or (
+            f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got s = "
+            f"{s:.9g}{where}: leave s out, or take CTMPreconditioning."
+        )
 
 
 class _OwnNetwork(Preconditioning):

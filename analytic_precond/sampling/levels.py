@@ -10,8 +10,9 @@ from numbers import Integral, Real
 from torch import Tensor
 
 from .._checks import check_level, check_not_negative
-from ..preconditionings.base import ROUNDING, Preconditioning
-from ..students.consistency_models import ConsistencyModel, student_behind
+from ..preconditionings.base import ROUNDING
+from ..students.base import student_behind
+from ..students.consistency_models import ConsistencyModel
 
 Levels = Tensor | Sequence[float] | Sequence[int]
 
@@ -99,21 +100,9 @@ def check_jumps(student: object, jumps: Sequence[tuple[float, float]]) -> None:
                 f"expected jumps to the student's sigma_min = {only:g}, the only level that a ConsistencyModel "
                 f"reaches, got one to {s:.9g}: call sample_one_step or sample_multistep with sigma_min={only:g}."
             )
-        if precond._device is None or precond._device.type == "cpu":
-            try:
-                precond(t, s)
-            except ValueError as error:
-                raise ValueError(f"levels must lie in the student's range: {error}") from error
-        elif not _is_inside(t, s, precond):  # which on another device would be waited for
-            raise ValueError(
-                f"levels must lie in the student's range, {precond.sigma_min:g} to {precond.sigma_max:g}, got a jump "
-                f"from {t:.9g} to {s:.9g}."
-            )
-
-
-def _is_inside(t: float, s: float, precond: Preconditioning) -> bool:
-    low, high = precond.sigma_min * (1 - ROUNDING), precond.sigma_max * (1 + ROUNDING)
-    return low <= s <= t * (1 + ROUNDING) and 0 < t <= high and t < math.inf
+        fault = precond.fault(t, s)
+        if fault is not None:
+            raise ValueError(f"levels must lie in the student's range: {fault}")
 
 
 def _numbers(values: Levels, name: str) -> list[float]:

@@ -53,8 +53,8 @@ def per_sample_generators(
         _check_generators([generator], 1)
     source = torch.default_generator if generator is None else generator
     device = source.device if device is None else torch.device(device)
-    seeds = (torch.randint(2**63 - 1, (), generator=source, device=source.device) for _ in range(num))
-    return [Generator(device).manual_seed(int(seed)) for seed in seeds]
+    seeds = [torch.randint(2**63 - 1, (), generator=source, device=source.device) for _ in range(num)]
+    return [Generator(device).manual_seed(seed) for seed in (torch.stack(seeds).tolist() if seeds else [])]
 
 
 def draw_noise(
@@ -153,12 +153,9 @@ def _spread(generator: Generators, batch: int, device: torch.device) -> Sequence
 
 def _draw(generators: Sequence[Generator], shape: Sequence[int], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Return one draw of each generator. Shape ``(B, *shape)``."""
-    if not generators:
-        return torch.empty(0, *shape, device=device, dtype=dtype)
-    draws = [
-        torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32)
-        for generator in generators
-    ]
-    if len({draw.device for draw in draws}) > 1:
-        draws = [place(draw, device, dtype) for draw in draws]
-    return place(torch.stack(draws), device, dtype)  # in one copy
+    places = {generator.device for generator in generators}
+    together = places.pop() if len(places) == 1 else device  # drawn there, and copied to the device at once
+    noise = torch.empty(len(generators), *shape, device=together, dtype=torch.float32)
+    for sample, generator in zip(noise, generators, strict=True):
+        sample.copy_(torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float32))
+    return place(noise, device, dtype)

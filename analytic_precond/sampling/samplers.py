@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,31 +23,10 @@ from tqdm.auto import tqdm
 
 from .._checks import check_reached, check_tensor
 from .._conditions import plain
-from ..students.consistency_models import default_range
+from ..students.base import default_range
+from .callbacks import Callback, SamplingStep, after
 from .levels import Levels, check_jumps, is_cleanest, resolve_levels
 from .noise import Generators, noise_source
-
-
-@dataclass(frozen=True)
-class SamplingStep:
-    """What a callback is given after each jump, before noise is added again.
-
-    Attributes:
-        index: Number of the jump, from 0.
-        num_steps: How many there are.
-        t: Noise level that the jump started from.
-        s: Noise level that it reached.
-        x: The data there. Shape ``(B, ...)``.
-    """
-
-    index: int
-    num_steps: int
-    t: float
-    s: float
-    x: Tensor
-
-
-Callback = Callable[[SamplingStep], object]
 
 
 class _Jump(NamedTuple):
@@ -121,7 +99,7 @@ def sample_multistep(
         subtract_sigma_min: False for ECT's $t_{i+1}\, z$.
         generator: For z: one generator per sample, or one from which they are seeded; torch's default by default.
         noise: The draws of z instead, one for each jump but the last. Shape ``(K, B, ...)``.
-        callback: Called with a `SamplingStep` after each jump.
+        callback: Called with a `SamplingStep` after each jump; a tensor that it returns takes the place of x.
         progress: Show a progress bar.
         **condition: Handed to the student.
 
@@ -178,7 +156,7 @@ def sample_gamma(
         generator: For z: one generator per sample, or one from which they are seeded; torch's default by default.
         noise: The draws of z instead, one for each level after the first and above ``sigma_min``, whatever $\gamma$.
             Shape ``(K, B, ...)``.
-        callback: Called with a `SamplingStep` after each jump.
+        callback: Called with a `SamplingStep` after each jump; a tensor that it returns takes the place of x.
         progress: Show a progress bar.
         **condition: Handed to the student.
 
@@ -230,7 +208,7 @@ def sample_deterministic(
         levels: At least two noise levels, or their indices into ``grid``. In either order.
         grid: Noise levels that indices refer to.
         sigma_min: The cleanest level, which a final 0 stands for. Default: as for `sample_multistep`.
-        callback: Called with a `SamplingStep` after each jump.
+        callback: Called with a `SamplingStep` after each jump; a tensor that it returns takes the place of x.
         progress: Show a progress bar.
         **condition: Handed to the student.
 
@@ -284,9 +262,7 @@ def _run(
     draw = noise_source(x, sum(jump.noise is not None for jump in jumps), generator, noise)
     with torch.no_grad(), tqdm(jumps, desc="sampling", unit=" jumps", disable=not progress) as bar:
         for index, (t, s, added) in enumerate(bar):
-            x = _jump(student, x, t, s, told)
-            if callback is not None:
-                callback(SamplingStep(index, len(jumps), t, s, x))
+            x = after(SamplingStep(index, len(jumps), t, s, _jump(student, x, t, s, told)), callback)
             if added:
                 x = x + added * draw(index)
     return x

@@ -15,8 +15,12 @@ from .teacher_statistics import TeacherStatistics
 def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatistics:
     """Pool statistics of one teacher from several runs, e.g. the jobs of an array, each with a seed of its own.
 
+    Runs may have samples of different shapes, e.g. one for each bucket of aspect ratios, where nothing is kept per
+    element: each sample counts the same, whatever its size, and the result has the sample shape ``()``.
+
     Args:
-        statistics: At least one; levels, methods, sample shape and intercept must agree, seeds must differ.
+        statistics: At least one; levels, methods and intercept must agree, sample shapes too where there is an
+            intercept or ``per_element``, seeds must differ.
 
     Returns:
         Statistics of all samples together.
@@ -41,6 +45,8 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
         )
     if not statistics:
         raise ValueError("statistics must hold at least one TeacherStatistics, got none.")
+    if len({part.header.sample_shape for part in statistics}) > 1:
+        statistics = [_per_element(part) for part in statistics]
     first = statistics[0]
     seeds = tuple(seed for part in statistics for seed in part.header.seeds)
     if len(set(seeds)) < len(seeds):
@@ -74,6 +80,16 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
         _weighted_mean(weights, [part.mean_data for part in statistics]),
         _weighted_mean(weights, [part.element_means for part in statistics]),
     )
+
+
+def _per_element(part: TeacherStatistics) -> TeacherStatistics:
+    """Return statistics of samples of one element, the mean of their elements; l, s and the remainder's RMS stay."""
+    if part.mean_data is not None or part.element_means is not None:
+        raise ValueError(
+            f"statistics with an intercept or per element must share their sample shape, got "
+            f"{part.header.sample_shape} beside others: estimate without, or merge each shape by itself."
+        )
+    return replace(part, sums=part.sums / part.header.sample_size, header=replace(part.header, sample_shape=()))
 
 
 def _weighted_mean(weights: Sequence[float], values: Sequence[Tensor | None]) -> Tensor | None:

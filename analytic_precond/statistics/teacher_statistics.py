@@ -38,7 +38,7 @@ class StatisticsHeader:
         l_method: Estimator of l: ``"stein"``, ``"hutchinson"`` or ``"exact"``.
         s_method: Estimator of s: ``"transport"``, ``"jvp"`` or ``"finite-difference"``.
         seeds: Seeds of the runs that were merged into this one.
-        sample_shape: Shape of one data sample.
+        sample_shape: Shape of one data sample; ``()`` where runs with different ones were merged.
         precision: The dtype that the teacher was called in, e.g. ``"float32"``.
         description: The teacher, in words.
     """

@@ -1,93 +1,20 @@
-r"""Students: a network, EDM's scalings around it, and a preconditioning that makes jumps of the denoiser.
+"""Students that jump: from any noise level to any lower one, or to the cleanest one.
 
-$$D_\theta = c^{EDM}_{skip}\, x + c^{EDM}_{out}\, F(c^{EDM}_{in}\, x, c_{noise}), \qquad
-  x_s = c_{skip}(t, s)\, x_t + c_{out}(t, s)\, D_\theta$$
-
-The network is called in its own dtype, but is told the noise levels in float32 at least: half precision cannot tell
-neighbouring levels apart. Coefficients are computed in float64 and cast once.
+Around a raw network, in EDM's scalings, or around any denoiser: what they share is in `base`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import all_true, check_not_negative
-from .._conditions import plain
-from .._modules import NetworkWrapper
-from ..noise_levels.network_scalings import EDMPreconditioning
-from ..noise_levels.per_sample import expand_to, one_per_sample
+from ..noise_levels.per_sample import one_per_sample
 from ..preconditionings.base import ROUNDING, Preconditioning
-
-NoiseConditioning = Callable[[Tensor], Tensor]
-
-
-class Student(NetworkWrapper):
-    """What all students share: the denoiser around the network."""
-
-    def __init__(
-        self,
-        network: Callable[..., Tensor],
-        precond: Preconditioning,
-        sigma_data: float = 0.5,
-        noise_conditioning: NoiseConditioning | None = None,
-    ) -> None:
-        if not callable(network):
-            raise TypeError(f"network must be callable, got {type(network).__name__}: pass an nn.Module.")
-        super().__init__(network)
-        if not isinstance(precond, Preconditioning):
-            raise TypeError(
-                f"precond must be a Preconditioning, got {type(precond).__name__}: for example "
-                f"AnalyticPreconditioning(statistics) or CTMPreconditioning()."
-            )
-        if noise_conditioning is not None and not callable(noise_conditioning):
-            raise TypeError(
-                f"noise_conditioning must be a function of the noise level, got {noise_conditioning!r}: for example "
-                f"NOISE_CONDITIONINGS['cm']."
-            )
-        if precond.told_lower_level and precond.sigma_data != sigma_data:
-            raise ValueError(
-                f"sigma_data must be {precond.sigma_data:g}, the preconditioning's, which scales the input by "
-                f"it, got {sigma_data:g}: fit it again with the student's."
-            )
-        self.precond = precond
-        self.edm = EDMPreconditioning(sigma_data)
-        self.noise_conditioning = noise_conditioning
-
-    if TYPE_CHECKING:  # torch's own is untyped
-
-        def __call__(  # noqa: D102
-            self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any
-        ) -> Tensor: ...
-
-    @property
-    def default_range(self) -> tuple[float, float]:
-        """The cleanest and the noisiest level of the student's jumps where none are given."""
-        return self.precond.default_range
-
-    def _denoiser(self, x: Tensor, *levels: Tensor, **condition: Any) -> Tensor:
-        """Return D in float32 or wider, for one or two levels per sample, the first of them x's own."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        levels = tuple(level.to(wide) for level in levels)
-        edm = self.edm(levels[0])
-        c_skip, c_out, c_in = (expand_to(c, x) for c in (edm.c_skip, edm.c_out, edm.c_in))
-        if self.noise_conditioning is not None:
-            c_noise = [self.noise_conditioning(t) for t in levels]
-        else:
-            c_noise = [edm.c_noise, *(self.edm.c_noise(t) for t in levels[1:])]
-
-        dtype = self._network_dtype(x.dtype)
-        told = torch.promote_types(dtype, torch.float32)  # float64 grids must not reach a float32 network's embedding
-        output: Tensor = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **plain(condition))
-        if output.shape != x.shape:
-            raise ValueError(
-                f"the network must return x's shape {tuple(x.shape)}, got {tuple(output.shape)}: drop extra channels, "
-                f"and unwrap output objects, in an adapter around it."
-            )
-        return c_skip * x + c_out * output
+from .base import NoiseConditioning, Student, takes
 
 
 class ConsistencyTrajectoryModel(Student):
@@ -111,6 +38,54 @@ class ConsistencyTrajectoryModel(Student):
         >>> student(torch.ones(1, 2), torch.tensor([0.5]), torch.tensor([0.25]))  # s/t x + (1 - s/t) x / 2
         tensor([[0.7500, 0.7500]])
     """
+
+    @classmethod
+    def from_denoiser(
+        cls, denoiser: Callable[..., Tensor], precond: Preconditioning, target_time: str | None = None
+    ) -> ConsistencyTrajectoryModel:
+        r"""Make a student of a denoiser that is told two noise levels, of whatever schedule and prediction.
+
+        Without ``target_time`` it is called as ``denoiser(x, t, s, **condition)``. With it, as
+        ``denoiser(x, t, **{target_time: time}, **condition)``, where ``time`` is what the network inside is told of s,
+        as it is told t: a denoiser of one level becomes one of two with a keyword of its network.
+
+            network = TwoTimeUNet(...)  # called as network(z, time, target=time_s, class_labels=...)
+            denoiser = ap.denoiser_from_network(network, "v", ap.VPCosineSchedule())
+            student = ap.ConsistencyTrajectoryModel.from_denoiser(denoiser, precond, target_time="target")
+
+        Args:
+            denoiser: The denoiser, trainable: an `nn.Module`, if its parameters are to be the student's.
+            precond: The jump's preconditioning on the denoiser.
+            target_time: The keyword, for what `denoiser_from_network` and its kin return.
+
+        Returns:
+            The student; ``student.network`` is the denoiser.
+
+        Raises:
+            TypeError: If an argument has the wrong type, or the denoiser does not take the levels in this way.
+
+        Examples:
+            >>> from analytic_precond import CTMPreconditioning
+            >>> student = ConsistencyTrajectoryModel.from_denoiser(lambda x, t, s: x / 2, CTMPreconditioning())
+            >>> student(torch.ones(1, 2), torch.tensor([0.5]), torch.tensor([0.25]))  # s/t x + (1 - s/t) x / 2
+            tensor([[0.7500, 0.7500]])
+        """
+        student = cls.__new__(cls)
+        student._build(denoiser, precond, "denoiser")
+        if target_time is None and not takes(denoiser, 3):
+            raise TypeError(
+                f"the denoiser must take a second noise level, as denoiser(x, t, s), got {type(denoiser).__name__}, "
+                f"which does not: name the keyword under which its network is told s, target_time=..., or take a "
+                f"ConsistencyModel."
+            )
+        if target_time is not None and not hasattr(denoiser, "scalings"):
+            raise TypeError(
+                f"target_time is for denoisers around a network, which say what it is told, got "
+                f"{type(denoiser).__name__}: make it with denoiser_from_network, or pass a denoiser(x, t, s) without "
+                f"target_time."
+            )
+        student.target_time = target_time
+        return student
 
     def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
         """Jump from ``t`` to ``s`` in one call of the network.
@@ -172,14 +147,49 @@ class ConsistencyModel(Student):
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
         super().__init__(network, precond, sigma_data, noise_conditioning)
-        sigma_min = precond.default_range[0] if sigma_min is None else sigma_min
+        self._reach(sigma_min)
+
+    @classmethod
+    def from_denoiser(
+        cls, denoiser: Callable[..., Tensor], precond: Preconditioning, sigma_min: float | None = None
+    ) -> ConsistencyModel:
+        """Make a student of any denoiser, of whatever schedule and prediction: at first it jumps as its teacher would.
+
+        Args:
+            denoiser: Called as ``denoiser(x, t, **condition)``, e.g. a copy of the teacher from
+                `denoiser_from_network`. Trainable: an `nn.Module`, if its parameters are to be the student's.
+            precond: The jump's preconditioning on the denoiser.
+            sigma_min: The level that all jumps reach. Default: the cleanest one that the preconditioning was made for
+                (0.002 if for any) and that the denoiser knows (`NetworkDenoiser.noise_range`).
+
+        Returns:
+            The student; ``student.network`` is the denoiser.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If ``sigma_min`` is out of range.
+
+        Examples:
+            >>> from analytic_precond import CTMPreconditioning, RectifiedFlowSchedule, denoiser_from_network
+            >>> flow = denoiser_from_network(lambda x, time: x, "velocity", RectifiedFlowSchedule())  # D = x / 16 at 3
+            >>> model = ConsistencyModel.from_denoiser(flow, CTMPreconditioning(), sigma_min=1.5)
+            >>> model(torch.tensor([[8.0]]), torch.tensor([3.0]))  # (8 + D) / 2
+            tensor([[4.2500]])
+        """
+        student = cls.__new__(cls)
+        student._build(denoiser, precond, "denoiser")
+        student._reach(sigma_min)
+        return student
+
+    def _reach(self, sigma_min: float | None) -> None:
+        sigma_min = super().default_range[0] if sigma_min is None else sigma_min
         check_not_negative(sigma_min, "sigma_min")  # 0 is what ECT's training jumps reach
         self.sigma_min = float(sigma_min)
 
     @property
     def default_range(self) -> tuple[float, float]:
         """The level that all jumps reach, and the noisiest one to start from."""
-        return self.sigma_min, self.precond.default_range[1]
+        return self.sigma_min, super().default_range[1]
 
     def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
         """Jump from ``t`` to ``sigma_min`` in one call of the network.
@@ -212,16 +222,3 @@ class ConsistencyModel(Student):
                 f"{s[~reached][0].item():.9g}: leave s out, or take a ConsistencyTrajectoryModel."
             )
         return torch.where(reached, s, torch.nan)
-
-
-def student_behind(student: object) -> Student | None:
-    """Return the student inside wrappers (averaged, parallel, compiled); None of any other callable."""
-    while isinstance(student, nn.Module) and not isinstance(student, Student):
-        student = getattr(student, "module", getattr(student, "_orig_mod", None))
-    return student if isinstance(student, Student) else None
-
-
-def default_range(student: object) -> tuple[float, float]:
-    """Return the cleanest and the noisiest level where none are given: a student's own, else 0.002 and 80."""
-    found = student_behind(student)
-    return (0.002, 80.0) if found is None else found.default_range

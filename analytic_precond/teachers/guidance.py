@@ -2,6 +2,7 @@ r"""Classifier-free guidance: a conditional and an unconditional denoiser become
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,14 +11,23 @@ from torch import Tensor
 from .._checks import check_choice
 from .._conditions import plain
 from .._modules import Wrapper
+from .._precision import place
+from ..noise_levels.per_sample import expand_to
 from .denoiser import Denoiser
 from .networks import noise_range_of
 
 _FORMULAS = ("from_unconditional", "from_conditional")
 
 
+Scale = float | Tensor | Callable[[Tensor], float | Tensor]
+
+
 def guide(
-    denoiser: Denoiser, unconditional: Denoiser, scale: float, formula: str = "from_unconditional"
+    denoiser: Denoiser,
+    unconditional: Denoiser,
+    scale: Scale | None,
+    formula: str = "from_unconditional",
+    shared: Sequence[str] = (),
 ) -> GuidedDenoiser:
     r"""Guide a denoiser away from its unconditional counterpart (Ho & Salimans 2022), with $c$ and $u$ their outputs.
 
@@ -32,16 +42,22 @@ def guide(
 
     Args:
         denoiser: The conditional denoiser $c$; the conditions of a call go to it.
-        unconditional: The unconditional denoiser $u$, called without conditions: give it its null label when building
-            it, e.g. ``denoiser_from_edm(network, class_labels=torch.zeros(1, 10))``.
-        scale: The guidance scale $w$.
+        unconditional: The unconditional denoiser $u$: give it its null label when building it, e.g.
+            ``denoiser_from_edm(network, class_labels=torch.zeros(1, 10))``. Or a worse denoiser (autoguidance, Karras
+            et al. 2024), with what it must be told in ``shared``.
+        scale: The guidance scale $w$: a number; a tensor with one for each sample; a function of the noise levels
+            ``(B,)`` that returns either, e.g. to guide in an interval only; or None, where each call says it as
+            ``guidance_scale=``, which follows the samples like other conditions (latent consistency models draw one
+            for each, and tell it to the student).
         formula: One of the two.
+        shared: Names of conditions that go to both denoisers, e.g. ``("class_labels",)``. All others go to the
+            conditional one alone.
 
     Returns:
         The guided denoiser; two calls for one. An `nn.Module`, so that parameters are found.
 
     Raises:
-        TypeError: If a denoiser is not callable or ``scale`` is not a number.
+        TypeError: If a denoiser is not callable, or ``scale`` or ``shared`` is something else.
         ValueError: If ``formula`` is unknown.
 
     Examples:
@@ -49,14 +65,20 @@ def guide(
         >>> x, t = torch.ones(1, 2), torch.ones(1)
         >>> guide(c, u, 3.0)(x, t), guide(c, u, 3.0, formula="from_conditional")(x, t)
         (tensor([[3., 3.]]), tensor([[4., 4.]]))
+        >>> guide(c, u, lambda t: 1 + 2 * (t < 5))(torch.ones(2, 1), torch.tensor([1.0, 9.0])).flatten()
+        tensor([3., 1.])
+        >>> guide(c, u, None)(torch.ones(2, 1), torch.ones(2), guidance_scale=torch.tensor([2.0, 7.5])).flatten()
+        tensor([2.0000, 7.5000])
     """
     check_choice(formula, _FORMULAS, "formula")
     for name, value in (("denoiser", denoiser), ("unconditional", unconditional)):
         if not callable(value):
             raise TypeError(f"{name} must be callable as {name}(x, t), got {type(value).__name__}.")
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
-        raise TypeError(f"scale must be a number, got {scale!r} ({type(scale).__name__}): pass a Python float.")
-    return GuidedDenoiser(denoiser, unconditional, scale + 1.0 if formula == "from_conditional" else float(scale))
+    if scale is not None and not callable(scale):
+        _check_scale(scale, "scale")
+    if isinstance(shared, str) or not all(isinstance(name, str) for name in shared):
+        raise TypeError(f"shared must be a tuple of names, got {shared!r}: write shared=('class_labels',).")
+    return GuidedDenoiser(denoiser, unconditional, scale, 1.0 if formula == "from_conditional" else 0.0, tuple(shared))
 
 
 class GuidedDenoiser(Wrapper):
@@ -65,16 +87,22 @@ class GuidedDenoiser(Wrapper):
     Args:
         denoiser: The conditional denoiser.
         unconditional: The unconditional denoiser.
-        scale: The guidance scale, 1 for the conditional denoiser.
+        scale: The guidance scale; None where calls say it.
+        offset: What the formula adds to the scale, so that 1 is the conditional denoiser.
+        shared: Names of the conditions that go to both.
     """
 
     named_after = "denoiser"
 
-    def __init__(self, denoiser: Denoiser, unconditional: Denoiser, scale: float) -> None:
+    def __init__(
+        self, denoiser: Denoiser, unconditional: Denoiser, scale: Scale | None, offset: float, shared: tuple[str, ...]
+    ) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.unconditional = unconditional
         self.scale = scale
+        self.offset = offset
+        self.shared = shared
 
     @property
     def noise_range(self) -> tuple[float, float] | None:
@@ -83,11 +111,32 @@ class GuidedDenoiser(Wrapper):
 
     def forward(self, x: Tensor, t: Tensor, /, **condition: Any) -> Tensor:
         """Return the guided estimate of the clean data. Shapes: ``x`` (B, ...), ``t`` (B,)."""
-        c, u = self.denoiser(x, t, **plain(condition)), self.unconditional(x, t)
+        told = plain(condition)
+        scale = self._scale_at(t, told)
+        c = self.denoiser(x, t, **told)
+        u = self.unconditional(x, t, **{name: told[name] for name in self.shared if name in told})
         if c.shape != u.shape:
             raise ValueError(
                 f"expected both denoisers to return x's shape {tuple(x.shape)}, got {tuple(c.shape)} and "
                 f"{tuple(u.shape)}."
             )
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return (u.to(dtype) + self.scale * (c.to(dtype) - u.to(dtype))).to(x.dtype)
+        w = (expand_to(place(scale, x.device, dtype), x) if isinstance(scale, Tensor) else scale) + self.offset
+        return (u.to(dtype) + w * (c.to(dtype) - u.to(dtype))).to(x.dtype)
+
+    def _scale_at(self, t: Tensor, told: dict[str, Any]) -> float | Tensor:
+        """Return the scale of a call, which is no condition of the denoisers'."""
+        if self.scale is None:
+            if told.get("guidance_scale") is None:
+                raise TypeError("guidance_scale must be given at each call, as guide got scale=None: pass a number.")
+            return _check_scale(told.pop("guidance_scale"), "guidance_scale")
+        if callable(self.scale):
+            return _check_scale(self.scale(t), "the scale that the function returns")
+        return self.scale
+
+
+def _check_scale(scale: Any, name: str) -> float | Tensor:
+    """Refuse what is no scale."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float | Tensor):
+        raise TypeError(f"{name} must be a number or a tensor, got {scale!r} ({type(scale).__name__}): pass a float.")
+    return scale

@@ -39,6 +39,7 @@ class NetworkDenoiser(NetworkWrapper):
         dtype: What the network is called in. Default: its own ``dtype`` if it says one, as diffusers' models do, else
             that of most elements of its parameters; ``x``'s if it has none (a dtype of one byte only stores).
         learned_variance: Drop the second half of twice as many channels as ``x`` has.
+        time_dtype: What the network is told ``c_noise`` in. Default: float32, float64 for a network called in that.
 
     Raises:
         TypeError: If ``network`` is not callable.
@@ -60,6 +61,7 @@ class NetworkDenoiser(NetworkWrapper):
         *,
         dtype: torch.dtype | None = None,
         learned_variance: bool = False,
+        time_dtype: torch.dtype | None = None,
     ) -> None:
         if not callable(network):
             raise TypeError(f"network must be callable as network(x, time), got {type(network).__name__}.")
@@ -68,6 +70,7 @@ class NetworkDenoiser(NetworkWrapper):
         self.condition = dict(condition or {})
         self.dtype = dtype
         self.learned_variance = learned_variance
+        self.time_dtype = time_dtype
 
     @property
     def noise_range(self) -> tuple[float, float] | None:
@@ -90,7 +93,8 @@ class NetworkDenoiser(NetworkWrapper):
         z = (expand_to(c_in, x).to(float_dtype) * x).to(self._network_dtype(x.dtype))
 
         self.condition = on_device(self.condition, z.device)  # stays there: one copy for all calls
-        told = {**expanded(self.condition, len(x)), **on_device(plain(condition), z.device)}
+        # len(x) would fix it in an export
+        told = {**expanded(self.condition, x.shape[0]), **on_device(plain(condition), z.device)}
         output = self._call_network(z, c_noise, told)
         float_dtype = torch.promote_types(float_dtype, output.dtype)
         c_skip, c_out = (expand_to(c, x).to(float_dtype) for c in (c_skip, c_out))
@@ -99,7 +103,7 @@ class NetworkDenoiser(NetworkWrapper):
     def _call_network(self, z: Tensor, c_noise: Tensor, condition: dict[str, Any]) -> Tensor:
         """Call the network; its output has z's shape or an error says why not."""
         if c_noise.is_floating_point():  # times and embeddings lose their meaning in half precision
-            c_noise = c_noise.to(torch.promote_types(z.dtype, torch.float32))
+            c_noise = c_noise.to(self.time_dtype or torch.promote_types(z.dtype, torch.float32))
         try:
             output = self.network(z, c_noise, **condition)
         except TypeError as error:
@@ -144,6 +148,7 @@ def denoiser_from_network(
     *,
     dtype: torch.dtype | None = None,
     learned_variance: bool = False,
+    time_dtype: torch.dtype | None = None,
     **condition: Any,
 ) -> NetworkDenoiser:
     r"""Make a denoiser of a network that predicts something else, under any noise schedule.
@@ -164,6 +169,9 @@ def denoiser_from_network(
         schedule: The noise schedule that the network was trained under.
         dtype: What the network is called in. Default: its own, as for `NetworkDenoiser`.
         learned_variance: Drop the second half of twice as many channels (guided-diffusion's learned sigma).
+        time_dtype: What the network is told its time in. Default: float32, float64 for a network called in that. Near
+            the end of a schedule float32 has few digits of the noise level left: TrigFlow's angle makes 80.0007 of
+            80. ``torch.float64`` keeps all, for networks that take it (FastGen's and rCM's codes count in it).
         **condition: Conditions of one sample, for all, e.g. a null label (see `common`); those of a call come on top.
 
     Returns:
@@ -181,7 +189,9 @@ def denoiser_from_network(
         tensor([[0.5000]])
     """
     scalings = PredictionScalings(prediction, schedule)
-    return NetworkDenoiser(network, scalings, condition, dtype=dtype, learned_variance=learned_variance)
+    return NetworkDenoiser(
+        network, scalings, condition, dtype=dtype, learned_variance=learned_variance, time_dtype=time_dtype
+    )
 
 
 def denoiser_from_edm(

@@ -6,13 +6,14 @@ $x_0$ and $n$, so the denoiser is linear in F: $D = c_{skip} x + c_{out} F$.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .._checks import check_choice
+from .._checks import all_true, check_choice
 from ..noise_levels.schedules import Schedule
 
 
@@ -44,15 +45,21 @@ class PredictionScalings:
         if not isinstance(self.schedule, Schedule):
             raise TypeError(
                 f"schedule must be a Schedule, got {_short(self.schedule)}: build a VPLinearSchedule, "
-                f"VPCosineSchedule, VPDiscreteSchedule((1 - betas).cumprod(0)), EDMSchedule, RectifiedFlowSchedule or "
-                f"TrigFlowSchedule."
+                f"VPCosineSchedule, VPDiscreteSchedule((1 - betas).cumprod(0)), EDMSchedule, RectifiedFlowSchedule, "
+                f"TrigFlowSchedule or FunctionSchedule."
             )
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ``c_skip``, ``c_out``, ``c_in`` and ``c_noise`` at noise levels ``t``."""
+        """Return ``c_skip``, ``c_out``, ``c_in`` and ``c_noise`` at noise levels ``t``, refused where it has none."""
         time = self.schedule.time(t)
+        if all_true(~time.isnan()) is False:  # off the CPU the result is NaN
+            low, high = self.schedule.noise_range or (0.0, math.inf)
+            raise ValueError(
+                f"noise levels must be within the schedule's {low:.6g} to {high:.6g}, got "
+                f"{t[time.isnan()][0].item():.6g}: choose levels between its ends, schedule.noise_range."
+            )
         c_skip, c_out = _COEFFICIENTS[self.prediction](self.schedule, time)
-        return c_skip, c_out, self.schedule.alpha(time), self.schedule.network_time(t)
+        return c_skip, c_out, self.schedule.alpha(time), self.schedule.told(time)
 
 
 def _short(value: object) -> str:

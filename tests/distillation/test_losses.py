@@ -27,7 +27,7 @@ from analytic_precond.distillation.jump_times import (
     sample_jump_times,
 )
 from analytic_precond.distillation.losses import consistency_distillation_loss, trajectory_distillation_loss
-from analytic_precond.students.weights import exponential_moving_average
+from analytic_precond.students.averaging import exponential_moving_average
 
 VARIANCES = torch.tensor([4.0, 1.0, 0.25, 0.05], dtype=torch.float64)
 LEVELS = ap.karras_noise_levels(18)

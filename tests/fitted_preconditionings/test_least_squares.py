@@ -296,6 +296,7 @@ class TestStructure:
         levels = ap.karras_noise_levels(18).float()  # whose ends are rounded
         assert bool(torch.isfinite(gaussian(levels[0], levels[-1]).c_out))
 
+    @pytest.mark.usefixtures("around")
     def test_students(self, gaussian: LeastSquaresPreconditioning) -> None:
         """A student that is its teacher jumps with the closed form's coefficients."""
         c = PROBLEM.variances.float()

@@ -401,6 +401,7 @@ class TestJump:
 
 
 class TestWhole:
+    @pytest.mark.usefixtures("around")
     def test_students(self, problem: GaussianModes, precond: PerModePreconditioning) -> None:
         """A student that is its teacher follows the flow before any training."""
         v = 0.5**2

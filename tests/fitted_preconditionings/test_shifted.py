@@ -214,6 +214,12 @@ def recording_network(calls: list[tuple[Tensor, ...]]) -> Any:
     return network
 
 
+def test_a_student_around_a_network_scales_as_the_fit_did(images: ShiftedPreconditioning) -> None:
+    with pytest.raises(ValueError, match=r"sigma_data must be 0\.5, the preconditioning's"):
+        ap.ConsistencyModel(recording_network([]), images, sigma_data=1.0)
+
+
+@pytest.mark.usefixtures("around")
 class TestStudents:
     t, s = torch.tensor([80.0, 3.0], dtype=torch.float64), torch.tensor([0.002, 0.5], dtype=torch.float64)
     x_t = t[:, None] * torch.tensor([[0.3, -1.2, 0.7], [1.1, 0.2, -0.4]], dtype=torch.float64)
@@ -238,10 +244,6 @@ class TestStudents:
         calls: list[tuple[Tensor, ...]] = []
         ap.ConsistencyTrajectoryModel(recording_network(calls), images).denoise(self.x_t, self.t)
         torch.testing.assert_close(calls[0][1], self.t.log() / 4, rtol=1e-6, atol=0)
-
-    def test_a_student_scales_as_the_fit_did(self, images: ShiftedPreconditioning) -> None:
-        with pytest.raises(ValueError, match=r"sigma_data must be 0\.5, the preconditioning's"):
-            ap.ConsistencyModel(recording_network([]), images, sigma_data=1.0)
 
     def test_consistency_model_and_its_diffusers_scheduler(self, images: ShiftedPreconditioning) -> None:
         pytest.importorskip("diffusers")

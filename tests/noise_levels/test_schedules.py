@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from analytic_precond.noise_levels.function_schedule import FunctionSchedule
 from analytic_precond.noise_levels.schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
 from analytic_precond.noise_levels.vp_schedules import VPCosineSchedule, VPDiscreteSchedule, VPLinearSchedule
 
 DDPM = torch.from_numpy(np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)))  # levels 0.01 to 157
+
+
+def B(u: Tensor) -> Tensor:
+    return 0.1 * u + 0.5 * 19.9 * u**2
+
 
 SCHEDULES: dict[str, Schedule] = {
     "vp-linear": VPLinearSchedule(),
@@ -27,6 +35,14 @@ SCHEDULES: dict[str, Schedule] = {
     "flow-0": RectifiedFlowSchedule(),
     "flow-1": RectifiedFlowSchedule(data_at=1),
     "trigflow": TrigFlowSchedule(sigma_data=0.7),
+    "vp-linear-1": VPLinearSchedule(data_at=1),
+    "vp-cosine-1": VPCosineSchedule(data_at=1),
+    "vp-respaced": VPDiscreteSchedule(DDPM[3::4], timesteps=torch.arange(3, 1000, 4)),
+    "function-sub-vp": FunctionSchedule(lambda u: (-B(u) / 2).exp(), lambda u: -(-B(u)).expm1(), (0, 1)),
+    "function-ve": FunctionSchedule(lambda u: 1.0, lambda u: 0.001 * 1e5**u, (0, 1)),
+    "function-log-snr": FunctionSchedule(
+        lambda g: g.sigmoid().sqrt(), lambda g: (-g).sigmoid().sqrt(), (math.inf, -math.inf)
+    ),
 }
 
 all_schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
@@ -66,6 +82,13 @@ CLOSED_FORMS: list[tuple[Schedule, Callable[[float], float], Callable[[float], f
         lambda u: math.sqrt(1 - math.exp(-0.5 * u**2 * 19.9 - 0.1 * u)),
     ),
     (VPCosineSchedule(), cosine, lambda u: math.sqrt(1 - cosine(u) ** 2)),
+    (VPCosineSchedule(data_at=1), lambda u: cosine(1 - u), lambda u: math.sqrt(1 - cosine(1 - u) ** 2)),
+    (VPCosineSchedule(0.0, data_at=1), lambda u: math.sin(math.pi * u / 2), lambda u: math.cos(math.pi * u / 2)),
+    (
+        VPLinearSchedule(5.0, 5.0, data_at=1),
+        lambda u: math.exp(-2.5 * (1 - u)),
+        lambda u: math.sqrt(1 - math.exp(-5 * (1 - u))),
+    ),
     (EDMSchedule(), lambda u: 1.0, lambda u: u),
     (RectifiedFlowSchedule(), lambda u: 1 - u, lambda u: u),
     (RectifiedFlowSchedule(data_at=1), lambda u: u, lambda u: 1 - u),
@@ -85,10 +108,12 @@ def test_alpha_and_sigma_are_the_papers(
 
 @all_schedules
 def test_rates_are_derivatives(schedule: Schedule) -> None:
-    time = schedule.time(tensor(0.011, 0.3, 2.0, 70.0))
+    time = schedule.time(tensor(0.0115, 0.3, 2.0, 70.0))
+    step = 1e-4 * (time - schedule.time(0.99 * schedule.noise_level(time))).abs()
     for function, rate in zip((schedule.alpha, schedule.sigma), schedule.rates(time), strict=True):
-        derivative = torch.func.jvp(function, (time,), (torch.ones_like(time),))[1]
-        torch.testing.assert_close(rate, derivative, rtol=1e-9, atol=1e-12)
+        difference = (function(time + step) - function(time - step)) / (2 * step)
+        # the step is 1e-6 of the time over which the level doubles: error 1e-12, rounding 1e-16 / 1e-6
+        torch.testing.assert_close(rate, difference, rtol=1e-7, atol=1e-7 * float(rate.abs().max()))
 
 
 class TestDiscrete:
@@ -137,6 +162,33 @@ class TestDiscrete:
         with pytest.raises(ValueError, match=message):
             VPDiscreteSchedule(tensor(*table))
 
+    def test_respaced_table_tells_the_steps_that_the_network_was_trained_on(self) -> None:
+        kept = torch.cat([torch.arange(0, 1000, 4), torch.tensor([999])])  # "250 of 1000", unevenly at the end
+        respaced = VPDiscreteSchedule(DDPM[kept], timesteps=kept)
+        levels = ((1 - DDPM[kept]) / DDPM[kept]).sqrt()
+        torch.testing.assert_close(respaced.network_time(levels), kept.double(), rtol=1e-12, atol=1e-9)
+        torch.testing.assert_close(self.schedule.network_time(levels), kept.double(), rtol=1e-12, atol=1e-9)
+        between = (levels[:-1] * levels[1:]).sqrt()
+        torch.testing.assert_close(
+            respaced.network_time(between), (kept[:-1] + kept[1:]).double() / 2, rtol=1e-9, atol=0
+        )
+        told = VPDiscreteSchedule(DDPM[kept], quantize=True, timesteps=kept).network_time(between * 1.0001)
+        assert told.dtype == torch.int64
+        assert told.tolist() == kept[1:].tolist()
+
+    @pytest.mark.parametrize(
+        ("timesteps", "error", "message"),
+        [
+            ([0, 1], TypeError, r"pass torch.tensor\(timesteps\)"),
+            (torch.tensor([0, 1, 2]), ValueError, r"as many as alphas_cumprod, 2, got shape \(3,\)"),
+            (torch.tensor([999, 0]), ValueError, r"got shape \(2,\), \[999, 0\].*timesteps.flip\(0\)"),
+        ],
+    )
+    def test_bad_timesteps(self, timesteps: object, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            VPDiscreteSchedule(tensor(0.9, 0.5), timesteps=timesteps)  # type: ignore[arg-type]
+        assert VPDiscreteSchedule(tensor(0.9, 0.5), timesteps=torch.tensor([999, 0]).flip(0)).noise_range
+
     def test_table_is_copied(self) -> None:
         table = tensor(0.9, 0.5)
         schedule = VPDiscreteSchedule(table)
@@ -150,6 +202,80 @@ def test_float32_in_float64_out_and_any_shape(schedule: Schedule) -> None:
     for function in (schedule.time, schedule.alpha, schedule.sigma, schedule.noise_level, schedule.network_time):
         result = function(t)
         assert (result.dtype, result.shape) == (torch.float64, t.shape)
+
+
+class TestFunction:
+    """Schedules that have a closed form, written as two functions; what no closed form has."""
+
+    @pytest.mark.parametrize("name", ["vp-linear", "vp-cosine", "edm", "flow-0", "flow-1", "trigflow", "vp-linear-1"])
+    def test_same_as_the_closed_form(self, name: str) -> None:
+        closed = SCHEDULES[name]
+        times = {"edm": (0, math.inf), "trigflow": (0, math.pi / 2)}.get(name, (0, 1))
+        ours = FunctionSchedule(closed.alpha, closed.sigma, times[::-1] if name.endswith("-1") else times)
+        t = torch.logspace(-3, 2, 501, dtype=torch.float64)
+        torch.testing.assert_close(ours.time(t), closed.time(t), rtol=1e-12, atol=1e-15)
+        for got, expected in zip(ours.rates(closed.time(t)), closed.rates(closed.time(t)), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+    @pytest.mark.parametrize("name", ["vp-linear", "flow-0", "trigflow"])
+    def test_three_derivatives_in_the_level(self, name: str) -> None:
+        closed = SCHEDULES[name]
+        ours = FunctionSchedule(closed.alpha, closed.sigma, (0, math.pi / 2 if name == "trigflow" else 1))
+
+        def derivatives(schedule: Schedule) -> list[Tensor]:
+            t = tensor(0.01, 0.3, 5.0, 60.0).requires_grad_()
+            found = [schedule.time(t)]
+            for _ in range(3):
+                found += torch.autograd.grad(found[-1].sum(), t, create_graph=True)
+            return [value.detach() for value in found]
+
+        for got, expected in zip(derivatives(ours), derivatives(closed), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-13)
+        t = tensor(0.01, 5.0)  # and forward mode, one level at a time
+        tangents = [torch.func.jvp(torch.vmap(s.time), (t,), (torch.ones_like(t),))[1] for s in (ours, closed)]
+        torch.testing.assert_close(*tangents, rtol=1e-9, atol=0)
+
+    def test_interpolated_table(self) -> None:
+        discrete = VPDiscreteSchedule(DDPM[::50])  # with kinks
+        ours = FunctionSchedule(discrete.alpha, discrete.sigma, (0, 19))
+        t = torch.logspace(-1.9, 1.9, 501, dtype=torch.float64)
+        torch.testing.assert_close(ours.time(t), discrete.time(t), rtol=1e-12, atol=1e-12)
+
+    def test_ends(self) -> None:
+        closed = SCHEDULES["vp-linear"]
+        vp = FunctionSchedule(closed.alpha, closed.sigma, (0, 1))
+        lowest, highest = vp.noise_range or (1.0, 1.0)
+        assert lowest == 0
+        assert highest == pytest.approx(math.sqrt(math.expm1(10.05)), rel=1e-12)
+        ends = torch.tensor([0.0, highest]).float()  # rounded up
+        assert vp.time(ends).tolist() == [0.0, 1.0]
+        log_snr = SCHEDULES["function-log-snr"]
+        assert log_snr.noise_range is None
+        assert log_snr.time(tensor(0.0, math.inf)).tolist() == [math.inf, -math.inf]
+        assert vp.time(tensor(1.0, 200.0, math.nan)).isnan().tolist() == [False, True, True]
+
+    def test_networks_are_told(self) -> None:
+        flow = FunctionSchedule(lambda u: 1 - u, lambda u: u, (0, 1), network_time=lambda u: (1000 * u).round().long())
+        assert flow.network_time(tensor(1.0, 3.0)).tolist() == [500, 750]
+        assert flow.network_time(tensor(1.0)).dtype == torch.int64
+        again = copy.deepcopy(flow)
+        assert again.time(tensor(3.0)).item() == 0.75
+
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ((1.0, lambda u: u, (0, 1)), TypeError, "alpha must be a function of the time, got float"),
+            ((lambda u: 1 - u, lambda u: u, (0, 1), 1000), TypeError, "network_time must be a function"),
+            ((lambda u: 1 - u, lambda u: u, 1.0), TypeError, r"times must be two numbers.*got 1.0: e.g. \(0, 1\)"),
+            ((lambda u: 1 - u, lambda u: u, (0, "1")), TypeError, "times must be two numbers"),
+            ((lambda u: 1 - u, lambda u: u, (1, 0)), ValueError, "rise from data to noise, got inf at time 1 and 0"),
+            ((lambda u: u, lambda u: 2 * u, (0.1, 1)), ValueError, "rise from data to noise, got 2 at time 0.1 and 2"),
+            ((lambda u: 1.0, lambda u: 1 + u.floor(), (0, 9)), ValueError, "continuously.* interpolate tables"),
+        ],
+    )
+    def test_bad_functions(self, arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            FunctionSchedule(*arguments)
 
 
 def test_time_scale_is_for_the_network_only() -> None:
@@ -166,6 +292,8 @@ def test_time_scale_is_for_the_network_only() -> None:
         (lambda: VPLinearSchedule(beta_min=3.0, beta_max=2.0), ValueError, "swap them"),
         (lambda: VPCosineSchedule(offset=-0.1), ValueError, "offset"),
         (lambda: RectifiedFlowSchedule(data_at=2), ValueError, "data_at must be 0 or 1"),
+        (lambda: VPLinearSchedule(data_at=2), ValueError, "data_at must be 0 or 1"),
+        (lambda: VPCosineSchedule(data_at=2), ValueError, "data_at must be 0 or 1"),
         (lambda: TrigFlowSchedule(sigma_data=0), ValueError, "sigma_data"),
         (lambda: EDMSchedule(time_scale=-1), ValueError, "time_scale"),
         (lambda: EDMSchedule().time(torch.tensor(3)), TypeError, "noise_level must be a floating-point"),

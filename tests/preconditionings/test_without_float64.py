@@ -164,6 +164,7 @@ class Network(nn.Module):
         return y + sum(c[:, None] for c in c_noise)
 
 
+@pytest.mark.usefixtures("around")
 @every
 def test_a_training_step(precond: ap.Preconditioning) -> None:
     if isinstance(precond, CMPreconditioning):

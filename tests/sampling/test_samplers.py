@@ -17,10 +17,10 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import analytic_precond as ap
+from analytic_precond.sampling.callbacks import SamplingStep
 from analytic_precond.sampling.levels import resolve_levels
 from analytic_precond.sampling.noise import draw_noise, per_sample_generators
 from analytic_precond.sampling.samplers import (
-    SamplingStep,
     sample_deterministic,
     sample_gamma,
     sample_multistep,
@@ -57,6 +57,7 @@ def assert_golden(result: Tensor, key: str) -> None:
     torch.testing.assert_close(result, GOLDEN[key], rtol=1e-11, atol=1e-11)  # float64, a few hundred operations
 
 
+@pytest.mark.usefixtures("around")
 class TestReferenceCodes:
     @pytest.mark.parametrize("order", [[0, 17, 31, 39], [39, 31, 17, 0], [0, 17, 31], [31, 17, 0]])
     def test_openai_multistep(self, order: list[int]) -> None:
@@ -379,6 +380,7 @@ class Labelled(nn.Module):
         return self.drop(self.layer(x) + label[:, None])
 
 
+@pytest.mark.usefixtures("around")
 class TestStudents:
     @pytest.mark.parametrize("kind", [ap.ConsistencyModel, ap.ConsistencyTrajectoryModel])
     @pytest.mark.parametrize("wrap", [lambda s: s, AveragedModel, lambda s: torch.compile(s, backend="eager")])
@@ -430,6 +432,38 @@ class TestCallbackAndProgress:
         torch.testing.assert_close(steps[0].x, exact_flow(x, ts[0], ts[1]))  # before noise is added
         assert steps[1].s == 0.002
         assert torch.equal(steps[1].x, result)
+
+    def test_a_callback_may_return_other_data(self) -> None:
+        x, levels = torch.ones(2, 1, dtype=torch.float64), [80.0, 2.0, 0.5, 0.002]
+        plain, shifted = (
+            sample_deterministic(exact_flow, x, levels, callback=callback)
+            for callback in (lambda step: "ignored", lambda step: step.x.float() if step.index != 1 else step.x + 1)
+        )
+        ts = torch.tensor([[0.5], [0.002]], dtype=torch.float64)
+        moved = exact_flow(x * 0 + 1, *ts) - exact_flow(x * 0, *ts)  # the flow is affine: what becomes of the 1
+        # float32 in between
+        torch.testing.assert_close(shifted - plain, moved, rtol=1e-6, atol=1e-6)
+        assert shifted.dtype == torch.float64
+
+    def test_inpainting(self) -> None:
+        """Known pixels are put back, noised, after every jump; x itself and the undisturbed sample stay."""
+        x, noise = 80.0 * torch.randn(2, 4, generator=Generator()), torch.randn(2, 4, generator=Generator())
+        known, mask = torch.arange(8.0).reshape(2, 4), torch.arange(8).reshape(2, 4) % 2 == 0
+        before = x.clone()
+        seen: list[SamplingStep] = []
+
+        def paint(step: SamplingStep) -> Tensor:
+            seen.append(step)
+            return torch.where(mask, known + step.s * noise, step.x)
+
+        levels, options = [80.0, 2.0, 0.5], {"noise": torch.zeros(2, 2, 4)}
+        painted = sample_multistep(exact_flow, x, levels, callback=paint, **options)
+        torch.testing.assert_close(painted[mask], (known + 0.002 * noise)[mask])
+        torch.testing.assert_close(painted[~mask], sample_multistep(exact_flow, x, levels, **options)[~mask])
+        assert torch.equal(x, before)
+        assert len(seen) == 3
+        with pytest.raises(ValueError, match=r"callback to return x's shape \(2, 4\), got \(1, 4\): return None"):
+            sample_multistep(exact_flow, x, levels, callback=lambda step: step.x[:1])
 
     @pytest.mark.parametrize("sampler", [sample_multistep, sample_deterministic])
     def test_progress(self, sampler: Sampler, capsys: pytest.CaptureFixture[str]) -> None:

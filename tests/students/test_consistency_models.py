@@ -11,10 +11,16 @@ import pytest
 import torch
 import torch._dynamo.testing
 from checkout import GOLDEN as GOLDEN_FILE
+from constructions import raw
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import analytic_precond as ap
+
+pytestmark = [
+    pytest.mark.usefixtures("around"),
+    pytest.mark.parametrize("around", ["network", "denoiser"], indirect=True),  # these are no long tests
+]
 
 GOLDEN = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN_FILE).items()}
 X, T, S = GOLDEN["x"], GOLDEN["t"], GOLDEN["s"]
@@ -125,10 +131,8 @@ def test_half_precision_network(dtype: torch.dtype) -> None:
 def test_conditions_reach_the_network() -> None:
     student, (x, t, s) = make(), batch()
     labels = torch.tensor([0, 1, 2, 3])
-    by_hand = student.network(
-        *(v for v in (ap.expand_to(student.edm(t).c_in, x) * x, t.log() / 4, s.log() / 4)), label=labels
-    )
-    edm = student.edm(t)
+    edm = ap.EDMPreconditioning()(t)
+    by_hand = raw(student)(*(v for v in (ap.expand_to(edm.c_in, x) * x, t.log() / 4, s.log() / 4)), label=labels)
     D = ap.expand_to(edm.c_skip, x) * x + ap.expand_to(edm.c_out, x) * by_hand
     torch.testing.assert_close(student(x, t, s, label=labels), student.precond.jump(x, D, t, s))
     assert not torch.equal(student(x, t, s, label=labels), student(x, t, s))
@@ -147,7 +151,7 @@ def test_levels_may_be_common_or_shaped() -> None:
 def test_starts_as_its_teacher() -> None:
     teacher_network = Network(two_times=False)
     student = make()
-    report = ap.initialize_from_teacher(student.network, teacher_network, zero=["embed_s.2"])
+    report = ap.initialize_from_teacher(raw(student), teacher_network, zero=["embed_s.2"])
     assert report.zeroed == ["embed_s.2.weight", "embed_s.2.bias"]
     assert report.kept == ["embed_s.0.weight", "embed_s.0.bias"]
     assert not report.unused
@@ -156,7 +160,7 @@ def test_starts_as_its_teacher() -> None:
     assert torch.equal(student._denoiser(x, t, s), teacher._denoiser(x, t))
     assert torch.equal(student.denoise(x, t), teacher.denoise(x, t))
     student(x, t, s).square().mean().backward()
-    assert student.network.embed_s[2].weight.grad.abs().max() > 0  # it can learn from there
+    assert raw(student).embed_s[2].weight.grad.abs().max() > 0  # it can learn from there
 
 
 def test_initialization_refuses_and_changes_nothing() -> None:

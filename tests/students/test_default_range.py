@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import analytic_precond as ap
 from analytic_precond.preconditionings.hand_crafted import CMPreconditioning
-from analytic_precond.students.consistency_models import default_range, student_behind
+from analytic_precond.students.base import default_range, student_behind
 
 X = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
 NOISE = torch.randn(1, 2, 3, generator=torch.Generator().manual_seed(1))
@@ -47,6 +47,7 @@ WRAPPERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
 def test_samplers_end_where_the_student_does(wrap: Callable[[Any], Any]) -> None:
     for student in students():
@@ -69,6 +70,7 @@ def test_samplers_end_where_the_student_does(wrap: Callable[[Any], Any]) -> None
             assert torch.equal(by_default, sample(student, X, *args, **given))  # type: ignore[operator]
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
 def test_times_and_the_loss_end_where_the_student_does(wrap: Callable[[Any], Any]) -> None:
     student = wrap(students()[0])
@@ -89,6 +91,7 @@ def test_times_and_the_loss_end_where_the_student_does(wrap: Callable[[Any], Any
     assert torch.equal(by_default, given)
 
 
+@pytest.mark.usefixtures("around")
 def test_without_a_student_of_this_library_the_ends_are_edms() -> None:
     for callable_ in (None, lambda x, t, s: x, nn.Linear(1, 1), Foreign()):
         assert default_range(callable_) == (0.002, 80.0)
@@ -116,6 +119,7 @@ class Foreign(nn.Module):
         return (s / t)[:, None] * x
 
 
+@pytest.mark.usefixtures("around")
 def test_somebodys_own_student_jumps_where_it_likes() -> None:
     assert student_behind(Foreign()) is None
     for student in (Foreign(), AveragedModel(Foreign())):

@@ -18,7 +18,7 @@ from torch.nn.functional import dropout
 import analytic_precond as ap
 from analytic_precond.distillation.denoising import adaptive_balance
 from analytic_precond.distillation.student_passes import SharedDropout
-from analytic_precond.students.weights import exponential_moving_average
+from analytic_precond.students.averaging import exponential_moving_average
 
 ONES = torch.ones(400)
 
@@ -95,12 +95,11 @@ def test_average_follows_the_recursion_and_resumes() -> None:
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+@pytest.mark.usefixtures("around")
 def test_average_of_a_student_is_called_as_the_student_and_keeps_its_tables() -> None:
     levels = ap.log_noise_levels(16)
     precond = ap.AnalyticPreconditioning.from_coefficients(levels, 1 / (1 + levels**2), 0 * levels)
-    network = nn.Linear(2, 2)
-    student = ap.ConsistencyTrajectoryModel(lambda x, c_t, c_s: network(x), precond)
-    student.network = _Network()
+    student = ap.ConsistencyTrajectoryModel(_Network(), precond)
     average = exponential_moving_average(student, 0.5)
     average.update_parameters(student)
     x = torch.ones(3, 2)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import analytic_precond as ap
+from analytic_precond.noise_levels.function_schedule import FunctionSchedule
 from analytic_precond.noise_levels.schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
 from analytic_precond.noise_levels.vp_schedules import VPCosineSchedule, VPDiscreteSchedule, VPLinearSchedule
 
@@ -20,9 +21,18 @@ TABLE = torch.from_numpy(np.cumprod(1 - np.linspace(1e-6, 0.03, 1000)))  # level
 Path = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
+def vp_exponent(u: Tensor) -> Tensor:
+    return 0.1 * u + 0.5 * (20 - 0.1) * u**2
+
+
 def vp_linear(u: Tensor) -> tuple[Tensor, Tensor]:
-    B = 0.1 * u + 0.5 * (20 - 0.1) * u**2
+    B = vp_exponent(u)
     return (-B / 2).exp(), (1 - (-B).exp()).sqrt()
+
+
+def sub_vp(u: Tensor) -> tuple[Tensor, Tensor]:
+    B = vp_exponent(u)
+    return (-B / 2).exp(), -(-B).expm1()
 
 
 def vp_cosine(u: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,8 +41,12 @@ def vp_cosine(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vp_discrete(index: Tensor) -> tuple[Tensor, Tensor]:
-    low = index.detach().long().clamp(max=len(TABLE) - 2)
-    log_levels = 0.5 * ((1 - TABLE) / TABLE).log()
+    return vp_discrete_of(TABLE, index)
+
+
+def vp_discrete_of(table: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    low = index.detach().long().clamp(max=len(table) - 2)
+    log_levels = 0.5 * ((1 - table) / table).log()
     log_t = torch.lerp(log_levels[low], log_levels[low + 1], index - low)
     return (1 + (2 * log_t).exp()) ** -0.5, (1 + (-2 * log_t).exp()) ** -0.5
 
@@ -47,6 +61,48 @@ PATHS: dict[str, tuple[Schedule, Path]] = {
     "flow-0-1000": (RectifiedFlowSchedule(time_scale=1000), lambda u: (1 - u / 1000, u / 1000)),
     "flow-1": (RectifiedFlowSchedule(data_at=1), lambda u: (u, 1 - u)),
     "trigflow": (TrigFlowSchedule(sigma_data=0.7), lambda u: (u.cos() / 0.7, u.sin())),
+}
+
+
+def reversed_time(path: Path) -> Path:
+    """The same path with data at time 1."""
+    return lambda u: path(1 - u)
+
+
+def from_path(path: Path, *times: float) -> FunctionSchedule:
+    """A path as what users write of it."""
+    data, noise = times
+    return FunctionSchedule(lambda u: path(u)[0], lambda u: path(u)[1], (data, noise))
+
+
+def log_snr(g: Tensor) -> tuple[Tensor, Tensor]:
+    return g.sigmoid().sqrt(), (-g).sigmoid().sqrt()
+
+
+def respaced(time: Tensor) -> tuple[Tensor, Tensor]:  # every fourth step, numbered as in a longer table
+    return vp_discrete_of(TABLE[::4], (time - 7) / 4)
+
+
+def ve(index: Tensor) -> tuple[Tensor, Tensor]:  # 1000 levels from 1e-3 to 100, NCSN counts from the noisiest
+    return torch.ones_like(index), 0.001 * 1e5 ** ((999 - index) / 999)
+
+
+def polynomial(u: Tensor) -> tuple[Tensor, Tensor]:
+    return u**3, (1 - u) * (1 + u + u**2)
+
+
+PATHS |= {
+    "vp-linear-1": (VPLinearSchedule(data_at=1), reversed_time(vp_linear)),
+    "vp-cosine-1": (VPCosineSchedule(data_at=1), reversed_time(vp_cosine)),
+    "vp-discrete-respaced": (VPDiscreteSchedule(TABLE[::4], timesteps=torch.arange(7, 1007, 4)), respaced),
+    "function-sub-vp": (from_path(sub_vp, 0.0, 1.0), sub_vp),
+    "function-ve": (from_path(ve, 999.0, 0.0), ve),
+    "function-polynomial": (from_path(polynomial, 1.0, 0.0), polynomial),
+    "function-linear-vp": (
+        from_path(lambda u: (u, ((1 - u) * (1 + u)).sqrt()), 1.0, 0.0),
+        lambda u: (u, ((1 - u) * (1 + u)).sqrt()),
+    ),
+    "function-log-snr": (from_path(log_snr, math.inf, -math.inf), log_snr),
 }
 
 

@@ -164,15 +164,66 @@ def test_statistics() -> None:
     assert torch.isfinite(derivatives.s).all()
 
 
-class TestErrors:
-    def test_unknown_scheduler(self) -> None:
-        with pytest.raises(TypeError, match=r"DDPMScheduler, .*CMStochasticIterativeScheduler, got SCMScheduler: pass"):
-            denoiser_from_diffusers(unet(), scheduler("SCMScheduler"))
+def test_integer_timesteps_for_a_learned_time_embedding() -> None:
+    model, theirs = (
+        unet(time_embedding_type="learned", num_train_timesteps=1000),
+        scheduler("DDIMScheduler", clip_sample=False),
+    )
+    theirs.set_timesteps(1000)
+    theirs.alphas_cumprod = theirs.alphas_cumprod.double()
+    denoiser = denoiser_from_diffusers(model, theirs, quantize=True)
+    for i in (0, 400, 980):
+        sample, bar = noise(2, 3, 8, 8), theirs.alphas_cumprod[i]
+        expected = theirs.step(model(sample, torch.tensor(i)).sample, i, sample).pred_original_sample
+        denoised = denoiser(sample / bar.sqrt(), 1.0001 * ((1 - bar) / bar).sqrt())  # near the table's level
+        torch.testing.assert_close(denoised, expected, rtol=1e-3, atol=1e-3 / float(bar.sqrt()))
+    with pytest.raises(RuntimeError, match="Long, Int"):
+        denoiser_from_diffusers(model, theirs)(noise(2, 3, 8, 8), noise(2).exp())
 
-    def test_unknown_prediction_type(self) -> None:
-        flow = scheduler("DPMSolverMultistepScheduler", prediction_type="flow_prediction", use_flow_sigmas=True)
+
+def test_a_table_of_betas_that_ends_in_pure_noise() -> None:
+    betas, model = torch.linspace(1e-3, 1.0, 50).tolist(), unet()
+    whole, without = (
+        denoiser_from_diffusers(model, scheduler("DDPMScheduler", trained_betas=b, num_train_timesteps=len(b)))
+        for b in (betas, betas[:-1])
+    )
+    assert whole.noise_range == without.noise_range
+    x, t = noise(2, 3, 8, 8), noise(2).exp()
+    assert torch.equal(whole(x, t), without(x, t))
+
+
+def test_dtype_that_the_model_is_called_in() -> None:
+    seen = []
+
+    def model(x: Tensor, timestep: Tensor, return_dict: bool) -> tuple[Tensor]:
+        seen.append((x.dtype, timestep.dtype))
+        return (x,)
+
+    theirs = scheduler("FlowMatchEulerDiscreteScheduler")
+    denoiser_from_diffusers(model, theirs, dtype=torch.bfloat16)(noise(1, 3), noise(1).exp())  # type: ignore[arg-type]
+    assert seen == [(torch.bfloat16, torch.float32)]
+
+
+class TestErrors:
+    def test_schedulers_that_say_too_little(self) -> None:
+        with pytest.raises(TypeError, match=r"got RePaintScheduler: pass the one .*, often DDPMScheduler or"):
+            denoiser_from_diffusers(unet(), scheduler("RePaintScheduler"))
+        trained_with = diffusers.DDPMScheduler.from_config(scheduler("RePaintScheduler").config)
+        assert denoiser_from_diffusers(unet(), trained_with).noise_range is not None
+        with pytest.raises(TypeError, match="got Linear: pass the one"):
+            denoiser_from_diffusers(unet(), torch.nn.Linear(1, 1))
+
+    def test_unknown_prediction_types(self) -> None:
+        flow = scheduler("DPMSolverMultistepScheduler", prediction_type="flow_prediction")  # on its table of betas
         with pytest.raises(ValueError, match=r"prediction_type must be one of .*'sample', got 'flow_prediction'"):
             denoiser_from_diffusers(unet(), flow)
+        flow = scheduler("UniPCMultistepScheduler", prediction_type="v_prediction", use_flow_sigmas=True)
+        with pytest.raises(ValueError, match=r"with use_flow_sigmas must be one of .*, got 'v_prediction'"):
+            denoiser_from_diffusers(unet(), flow)
+
+    def test_nothing_to_quantize_to(self) -> None:
+        with pytest.raises(ValueError, match="quantize needs a table of timesteps, which EDMEulerScheduler does not"):
+            denoiser_from_diffusers(unet(), scheduler("EDMEulerScheduler"), quantize=True)
 
     def test_labels_for_an_unconditional_model(self) -> None:
         denoiser = denoiser_from_diffusers(unet(), scheduler("DDPMScheduler"))

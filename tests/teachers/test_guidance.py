@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from foreign_networks import rand
@@ -50,6 +52,91 @@ class TestGuidance:
         expected = 2 * network(x, torch.ones(2), labels) - network(x, torch.ones(2), torch.zeros(1, 5))
         torch.testing.assert_close(guided(x, torch.ones(2), class_labels=labels), expected)
         assert [p for p in guided.parameters()] == [network.weight]
+
+    def test_shared_conditions_go_to_both(self) -> None:
+        good, bad = Shifted(), Shifted()
+        bad.weight.data.mul_(0.5)
+        x, t, labels = rand(2, 3, 4, 4).float(), torch.ones(2), torch.eye(5)[[1, 4]]
+        auto = guide(denoiser_from_edm(good), denoiser_from_edm(bad), 2.0, shared=("class_labels",))
+        expected = 2 * good(x, t, labels) - bad(x, t, labels)
+        torch.testing.assert_close(auto(x, t, class_labels=labels), expected)
+
+        def conditional(x: Tensor, t: Tensor, class_labels: Tensor, only: float) -> Tensor:
+            return only * good(x, t, class_labels)
+
+        auto = guide(conditional, lambda x, t, class_labels: bad(x, t, class_labels), 2.0, shared=["class_labels"])
+        expected = 6 * good(x, t, labels) - bad(x, t, labels)
+        torch.testing.assert_close(auto(x, t, class_labels=labels, only=3.0), expected)
+
+    @pytest.mark.parametrize("formula", ["from_unconditional", "from_conditional"])
+    def test_one_scale_for_each_sample(self, formula: str) -> None:
+        c, u, w = (lambda x, t: x**2), (lambda x, t: x.sin()), torch.tensor([0.5, 7.5])
+        expected = torch.stack(
+            [guide(c, u, float(w[i]), formula)(self.x[i : i + 1], self.t[i : i + 1])[0] for i in range(2)]
+        )
+        torch.testing.assert_close(guide(c, u, w, formula)(self.x, self.t), expected)
+        torch.testing.assert_close(guide(c, u, None, formula)(self.x, self.t, guidance_scale=w), expected)
+        by_level = guide(c, u, lambda t: torch.where(t == t[0], w[0], w[1]), formula)
+        torch.testing.assert_close(by_level(self.x, torch.tensor([1.0, 2.0])), expected)
+
+    def test_interval(self) -> None:
+        """Limited-interval guidance (Kynkäänniemi et al. 2024): conditional outside."""
+        c, u = (lambda x, t: x**2), (lambda x, t: x.sin())
+        guided = guide(c, u, lambda t: torch.where((t > 0.3) & (t < 5.0), 3.0, 1.0))
+        x = rand(3, 4)
+        expected = torch.stack([x[0] ** 2, x[1].sin() + 3 * (x[1] ** 2 - x[1].sin()), x[2] ** 2])
+        torch.testing.assert_close(guided(x, torch.tensor([0.2, 1.0, 7.0])), expected)
+
+    def test_scale_of_a_call_follows_the_samples_and_reaches_the_student(self) -> None:
+        """As latent consistency models are distilled: a scale drawn for each sample, told to teacher and student."""
+        c, u = (lambda x, t: 0.3 * x), (lambda x, t: 0.1 * x)
+        teacher, w = guide(c, u, None, formula="from_conditional"), torch.tensor([0.0, 2.0, 5.0])
+        levels = torch.tensor([4.0, 2.0, 1.0, 0.5])
+        start, stop = torch.tensor([0, 1, 0]), torch.tensor([3, 2, 2])
+        x = rand(3, 4).float()
+        together = ap.heun_solve(teacher, x, levels, start, stop, guidance_scale=w)  # drops samples on its way
+        for i in range(3):
+            fixed = guide(c, u, float(w[i]), formula="from_conditional")
+            alone = ap.heun_solve(fixed, x[i : i + 1], levels, int(start[i]), int(stop[i]))
+            torch.testing.assert_close(together[i : i + 1], alone)
+        told = []
+
+        def student(x: Tensor, t: Tensor, s: Tensor, guidance_scale: Tensor) -> Tensor:
+            told.append(guidance_scale)
+            return x * guidance_scale[:, None]
+
+        times = ap.sample_jump_times(3, levels, end="smallest")
+        loss = ap.consistency_distillation_loss(
+            teacher, student, student, x, rand(3, 4).float(), times, guidance_scale=w
+        )
+        assert loss.loss.isfinite().all()
+        assert all(torch.equal(scale, w) for scale in told)
+        assert told
+
+    def test_statistics_at_a_scale(self) -> None:
+        data, levels = rand(256, 2).float(), torch.tensor([2.0, 1.0, 0.5])
+        scaled = torch.utils.data.TensorDataset(data, torch.full((256,), 3.0))
+        c, u = ap.GaussianDenoiser(1.0), ap.GaussianDenoiser(2.0)
+        options: dict[str, Any] = {"levels": levels, "num_samples": 256, "s_method": "jvp", "progress": False}
+        said = ap.estimate_statistics(guide(c, u, None), scaled, condition=lambda w: {"guidance_scale": w}, **options)
+        built = ap.estimate_statistics(guide(c, u, 3.0), data, **options)
+        torch.testing.assert_close(said.l, built.l)
+
+    def test_bad_scales(self) -> None:
+        c = ap.GaussianDenoiser(1.0)
+        with pytest.raises(TypeError, match=r"guidance_scale must be given at each call.*: pass a number"):
+            guide(c, c, None)(self.x, self.t)
+        assert guide(c, c, None)(self.x, self.t, guidance_scale=2.0).shape == self.x.shape
+        with pytest.raises(
+            TypeError, match=r"the scale that the function returns must be a number or a tensor, got 'a'"
+        ):
+            guide(c, c, lambda t: "a")(self.x, self.t)  # type: ignore[arg-type, return-value]
+        with pytest.raises(ValueError, match=r"one noise level per sample, shape \(2,\)"):
+            guide(c, c, torch.ones(3))(self.x, self.t)
+        with pytest.raises(TypeError, match=r"shared must be a tuple of names, got 'label': write shared="):
+            guide(c, c, 2.0, shared="label")
+        with pytest.raises(TypeError, match="unexpected keyword argument 'guidance_scale'"):
+            guide(c, c, 2.0)(self.x, self.t, guidance_scale=2.0)
 
     def test_bad_arguments(self) -> None:
         with pytest.raises(ValueError, match=r"'from_unconditional', 'from_conditional', got 'cfg'"):

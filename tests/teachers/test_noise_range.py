@@ -109,6 +109,19 @@ def test_levels_outside_give_a_warning_with_the_ends(levels: list[float], asked:
         ap.check_teacher(teacher(), DATA, num_samples=32, **kwargs)
 
 
+def test_ends_of_a_schedule_of_functions() -> None:
+    vp = ap.VPLinearSchedule()
+    schedule = ap.FunctionSchedule(vp.alpha, vp.sigma, times=(0, 1))  # 0 to 152
+    denoiser = ap.denoiser_from_network(lambda x, time: 0 * x, "epsilon", schedule)
+    with (
+        pytest.warns(UserWarning, match=r"from 0 to 152.*log_noise_levels\(120, 0.002, 80\)"),
+        pytest.raises(ValueError, match=r"0 to 152.167, got 200"),
+    ):
+        ap.estimate_statistics(denoiser, DATA, torch.tensor([200.0, 1.0]), num_samples=32, progress=False)
+    stats = ap.estimate_statistics(denoiser, DATA, ap.log_noise_levels(120, 0.002, 80), num_samples=32, progress=False)
+    assert torch.equal(stats.levels, ap.estimate_statistics(denoiser, DATA, num_samples=32, progress=False).levels)
+
+
 def test_levels_inside_and_teachers_that_know_no_ends_give_none() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

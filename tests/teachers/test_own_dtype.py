@@ -122,6 +122,7 @@ def test_a_dtype_of_ones_own() -> None:
         assert network.seen == [torch.float32, own, torch.float64]
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("make", [Stored, lambda: Stored(torch.bfloat16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_of_a_network_stored_in_8_bits_moves_nothing(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
@@ -153,6 +154,7 @@ def test_what_is_cast_or_replaced_later_is_noticed() -> None:
     assert guided.network.seen == [torch.float32]  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("around")
 def test_lazy_parameters_are_no_obstacle() -> None:
     student = ap.ConsistencyModel(Lazy(), ap.CTMPreconditioning())
     assert student(X, T).shape == X.shape
@@ -167,6 +169,7 @@ class Lazy(nn.Module):
         return self.layer(x)
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize(("make", "dtype"), CASES.values(), ids=CASES.keys())
 def test_compiles_in_one_graph(make: Callable[[], Recorder], dtype: torch.dtype) -> None:
     class Quiet(nn.Module):  # without a list of what it saw

@@ -136,3 +136,22 @@ def test_overflow_is_reported_with_its_level_and_batch(batch_size: int) -> None:
     match = rf"finite values, got NaN or infinity at noise level {LEVELS[7]:.6g} \(index 7\), batch 0, .*65504"
     with pytest.raises(ValueError, match=match):
         estimate(teacher, torch.autocast("cpu", torch.float16), **options)
+
+
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_times_near_the_end_keep_their_digits(sigma_data: float) -> None:
+    """A network that turns TrigFlow's angle back into a noise level, as FastGen's around EDM's do."""
+    told = []
+
+    def network(x: Tensor, time: Tensor) -> Tensor:
+        told.append(sigma_data * time.double().tan())
+        assert x.dtype == torch.float32
+        return x
+
+    schedule = ap.TrigFlowSchedule(sigma_data)
+    x, t = torch.zeros(2, 3), torch.tensor([80.0, 0.002])
+    for dtype in (None, torch.float64):
+        ap.denoiser_from_network(network, "velocity", schedule, time_dtype=dtype)(x, t)
+    default, kept = told
+    assert (default[0] - 80.0).abs() > 1e-4
+    torch.testing.assert_close(kept, t.double(), rtol=1e-13, atol=0)

@@ -1,82 +1,15 @@
-r"""A student's weights: taken from its teacher before training, averaged during it, as torch's `AveragedModel`."""
+"""Averages of a student's weights during training, as torch's `AveragedModel`."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-
-
-class InitializationReport(NamedTuple):
-    """What `initialize_from_teacher` did, as lists of state-dict names.
-
-    Attributes:
-        copied: Weights taken from the teacher.
-        zeroed: Weights of the student set to zero.
-        kept: Other weights that only the student has, left as they were.
-        unused: Weights that only the teacher has.
-    """
-
-    copied: list[str]
-    zeroed: list[str]
-    kept: list[str]
-    unused: list[str]
-
-
-@torch.no_grad()
-def initialize_from_teacher(network: nn.Module, teacher: nn.Module, zero: Iterable[str] = ()) -> InitializationReport:
-    """Copy the weights that a student's network shares with its teacher's, by name and shape.
-
-    A two-time student has an embedding of the target time that its teacher lacks. Where its last layer is added to the
-    teacher's embedding and named in ``zero``, the student starts as the teacher: ``D_student(x, t, s) = D(x, t)``.
-
-    Args:
-        network: The student's raw network, changed in place.
-        teacher: The teacher's raw network.
-        zero: Names of submodules of ``network`` whose weights are set to zero, e.g. ``["embed_s.2"]``.
-
-    Returns:
-        What was copied, zeroed, kept and unused.
-
-    Raises:
-        ValueError: If nothing matches, a name in ``zero`` is unknown, or one is also the teacher's; nothing is changed.
-
-    Examples:
-        >>> student = nn.ModuleDict({"body": nn.Linear(2, 2), "embed_s": nn.Linear(1, 2)})
-        >>> teacher = nn.ModuleDict({"body": nn.Linear(2, 2)})
-        >>> report = initialize_from_teacher(student, teacher, zero=["embed_s"])
-        >>> torch.equal(student["body"].weight, teacher["body"].weight), report.zeroed
-        (True, ['embed_s.weight', 'embed_s.bias'])
-    """
-    own, other = network.state_dict(), teacher.state_dict()
-    copied = [name for name, value in own.items() if name in other and other[name].shape == value.shape]
-    if not copied:
-        raise ValueError(
-            f"the networks must share weights by name and shape, got none in common: the student has "
-            f"{list(own)[:3]}, ..., the teacher {list(other)[:3]}, ...; unwrap both to the raw networks."
-        )
-    zeroed = []
-    for prefix in zero:
-        names = [name for name, _ in network.named_parameters() if name.startswith(prefix + ".")]
-        if not names or set(names) & set(copied):
-            problem = "is also the teacher's" if names else "has no parameters in the student"
-            raise ValueError(
-                f"zero must name submodules that only the student has, but {prefix!r} {problem}; the student's own: "
-                f"{sorted(name for name in own if name not in copied)}."
-            )
-        zeroed += names
-
-    for name in copied:
-        own[name].copy_(other[name])
-    for name in zeroed:
-        own[name].zero_()
-    kept = [name for name in own if name not in {*copied, *zeroed}]
-    return InitializationReport(copied, zeroed, kept, [name for name in other if name not in copied])
 
 
 def exponential_moving_average(student: nn.Module, decay: float) -> AveragedModel:

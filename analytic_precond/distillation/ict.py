@@ -1,0 +1,94 @@
+r"""Times of improved consistency training (iCT): discretised log-normal levels on a grid that grows with training."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from .._checks import check_count, check_positive
+from .._precision import wide_dtype
+from ..noise_levels.random_levels import check_generator, draw
+from .jump_times import JumpTimes, check_grid
+
+
+def sample_ict_times(
+    batch: int,
+    levels: torch.Tensor,
+    mean: float = -1.1,
+    std: float = 2.0,
+    generator: torch.Generator | None = None,
+) -> JumpTimes:
+    r"""Draw neighbouring times on a grid with the probabilities of improved consistency training.
+
+    $t = t_i$, u the next level, s the last one, as from `sample_adjacent_times`, but with the mass that a log-normal
+    law has between the two (Song and Dhariwal 2023, section 3.5):
+
+    $$P(i) \propto \mathrm{erf}\Big(\frac{\ln t_i - mean}{\sqrt 2\, std}\Big)
+      - \mathrm{erf}\Big(\frac{\ln t_{i + 1} - mean}{\sqrt 2\, std}\Big)$$
+
+    Args:
+        batch: Number of samples B, at least 1.
+        levels: Noise levels, strictly decreasing, at least 2: `ict_num_levels` of them on Karras's grid.
+        mean: Mean of $\ln t$.
+        std: Standard deviation of $\ln t$, positive.
+        generator: Source of the random numbers. Default: torch's own.
+
+    Returns:
+        The times, with indices, in the levels' dtype and on their device.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of its range or the levels do not decrease (off the CPU their values are not
+            looked at).
+
+    Examples:
+        >>> levels = torch.tensor([1000.0, 1.0, 0.999, 0.998])  # nearly all of the law N(3, 1) is in the first interval
+        >>> sample_ict_times(3, levels, mean=3.0, std=1.0, generator=torch.Generator().manual_seed(0)).u
+        tensor([1., 1., 1.])
+    """
+    check_count(batch, 1, "batch", "Pass len(x).")
+    check_generator(generator)
+    check_grid(levels)
+    if isinstance(mean, bool) or not isinstance(mean, int | float) or not math.isfinite(mean):
+        raise TypeError(f"mean must be a finite number, got {mean!r}: it is the mean of ln t.")
+    check_positive(std, "std")
+
+    edges = torch.special.erf((levels.to(wide_dtype(levels.device)).log() - mean) / (math.sqrt(2) * std))
+    share = (edges[:1] - edges[1:]) / (edges[0] - edges[-1])  # of the law below each interval's start, cumulated
+    uniform = draw(torch.rand, (batch,), levels.device, generator)
+    i = torch.searchsorted(share, uniform, right=True).clamp(max=len(levels) - 2)
+    end = torch.full_like(i, len(levels) - 1)
+    return JumpTimes(levels[i], levels[i + 1], levels[end], i, i + 1, end, levels)
+
+
+def ict_num_levels(step: int, total_steps: int, first: int = 10, last: int = 1280) -> int:
+    r"""Return the size of the grid at a training step: it doubles at equal spans (Song and Dhariwal 2023, section 3.4).
+
+    $$N(k) = \min\big(s_0 2^{\lfloor k / K' \rfloor}, s_1\big) + 1, \qquad
+      K' = \Big\lfloor \frac{K}{\log_2 \lfloor s_1 / s_0 \rfloor + 1} \Big\rfloor$$
+
+    Args:
+        step: The step k, from 0.
+        total_steps: Number of steps K of the training, at least 1.
+        first: Number of intervals $s_0$ at first, at least 1.
+        last: Number of intervals $s_1$ in the end, at least ``first``.
+
+    Returns:
+        Number of levels, one more than intervals.
+
+    Raises:
+        TypeError: If an argument is not an integer.
+        ValueError: If one is out of its range.
+
+    Examples:
+        >>> [ict_num_levels(k, 400_000) for k in (0, 50_000, 399_999)]
+        [11, 21, 1281]
+    """
+    check_count(step, 0, "step")
+    check_count(total_steps, 1, "total_steps")
+    check_count(first, 1, "first")
+    check_count(last, first, "last")
+    span = math.floor(total_steps / (math.log2(last // first) + 1))
+    doublings = step // max(1, span)
+    return min(first << min(doublings, last.bit_length()), last) + 1

@@ -1,0 +1,174 @@
+r"""A noise schedule from two functions: derivatives by autograd, the time of a noise level by root finding.
+
+The root is found in two stages. When the schedule is made, bisection over the float64 numbers themselves gives the
+times of a grid of levels, exactly and however the functions bend or where their ends are. A level between them then
+takes a few steps of Newton's method, which need no look at any value: nothing waits for a device, graphs stay whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .._precision import place
+from .schedules import Schedule, wide, with_slope
+
+Function = Callable[[Tensor], Tensor | float]
+
+_LOG_RANGE, _NODES = 40.0, 4097  # levels from 4e-18 to 2e17; 2 % from node to node
+_NOTHING = 36.0  # an end's level of e^-36, float64's rounding of cos(pi / 2), is meant to be 0; likewise infinity
+_ROUNDING = 1e-6  # relative: what float32 makes of a level at the schedule's end
+
+
+class FunctionSchedule(Schedule):
+    r"""Any schedule $x' = \alpha(\tau) x_0 + \sigma(\tau) n$, given the two functions.
+
+    The noise level $\sigma / \alpha$ must rise continuously from data to noise. Near the data write $\sigma$ without
+    cancellation (``torch.expm1``) where it has any: no inverse has more digits than its function.
+
+    Args:
+        alpha: The factor of the data, an elementwise function of a float64 tensor of times on any device.
+        sigma: The factor of the noise, likewise.
+        times: The time of the cleanest data and of the noisiest, in this order, which may be infinite, e.g. ``(0, 1)``
+            or ``(1, 0)``. The noise levels there may be 0 and infinity.
+        network_time: What a network is told, as a function of the time. Default: the time.
+
+    Raises:
+        TypeError: If a function is not callable, or ``times`` are not two numbers.
+        ValueError: If the noise level does not rise from data to noise, or jumps.
+
+    Examples:
+        The linear-VP path of flow_matching; a network told the log-SNR, which is the time here (VDM):
+
+        >>> path = FunctionSchedule(lambda u: u, lambda u: (1 - u**2).sqrt(), times=(1.0, 0.0))
+        >>> path.time(torch.tensor(0.75))
+        tensor(0.8000, dtype=torch.float64)
+        >>> told_log_snr = FunctionSchedule(
+        ...     lambda g: g.sigmoid().sqrt(), lambda g: (-g).sigmoid().sqrt(), times=(torch.inf, -torch.inf))
+        >>> told_log_snr.network_time(torch.tensor(2.0))  # -2 ln 2
+        tensor(-1.3863, dtype=torch.float64)
+    """
+
+    _alpha: Function
+    _sigma: Function
+    _told: Function | None
+    times: tuple[float, float]
+    _ends: tuple[float, float]  # noise levels
+    _start: float  # ln t of the first node
+    _stop: float
+    _nodes: Tensor  # times
+
+    def __init__(
+        self, alpha: Function, sigma: Function, times: tuple[float, float], network_time: Function | None = None
+    ) -> None:
+        for name, function in (("alpha", alpha), ("sigma", sigma), ("network_time", network_time)):
+            if not callable(function) and not (name == "network_time" and function is None):
+                raise TypeError(f"{name} must be a function of the time, got {type(function).__name__}.")
+        ends = tuple(times) if isinstance(times, tuple | list) else ()
+        if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int | float) for end in ends):
+            raise TypeError(f"times must be two numbers, the data's time and the noise's, got {times!r}: e.g. (0, 1).")
+        super().__init__()
+        self._set(_alpha=alpha, _sigma=sigma, _told=network_time, times=tuple(map(float, ends)))
+        low, high = self._log_level(torch.tensor(self.times, dtype=torch.float64, device="cpu")).tolist()
+        if not high - low > _ROUNDING:
+            raise ValueError(
+                f"the noise level must rise from data to noise, got {_level(low):g} at time {ends[0]} and "
+                f"{_level(high):g} at {ends[1]}: times are (data's, noise's); let both functions take the ends."
+            )
+        self._set(_ends=(_level(low), _level(high)))
+        start, stop = max(low, -_LOG_RANGE), min(high, _LOG_RANGE)
+        log_levels = torch.linspace(start, stop, _NODES, dtype=torch.float64, device="cpu")
+        self._set(_start=start, _stop=stop, _nodes=self._bisected(log_levels))
+        self._check_continuity(log_levels)
+
+    def _set(self, **attributes: object) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)  # schedules are frozen
+
+    def alpha(self, time: Tensor) -> Tensor:
+        """Return the factor of the clean data."""
+        return _evaluated(self._alpha, wide(time, "time"))
+
+    def sigma(self, time: Tensor) -> Tensor:
+        """Return the factor of the noise."""
+        return _evaluated(self._sigma, wide(time, "time"))
+
+    @property
+    def noise_range(self) -> tuple[float, float] | None:
+        """The noise levels of the ends, e.g. from 0 to 152; None if they are 0 and infinity."""
+        return None if self._ends == (0, math.inf) else self._ends
+
+    def time(self, noise_level: Tensor) -> Tensor:
+        """Return the time of a noise level; NaN of one that is not between those of the ends, but for rounding."""
+        level = wide(noise_level, "noise_level")
+        low, high = self._ends
+        log_t = level.clamp(math.exp(self._start), math.exp(self._stop)).log()
+        position = (log_t - self._start) * ((_NODES - 1) / (self._stop - self._start))
+        i = position.detach().long().clamp(0, _NODES - 2)
+        nodes = place(self._nodes, level.device, torch.float64)
+        tau = nodes[i] + (position - i) * (nodes[i + 1] - nodes[i])
+        for _ in range(3):  # two would do, to the last digits and three derivatives, if nothing had a kink
+            tau = self._improved(tau, log_t)
+        at_data, at_noise = self.times
+        tau = torch.where(level <= low, at_data, torch.where(level >= high, at_noise, tau))
+        inside = (level >= low * (1 - _ROUNDING)) & (level <= high * (1 + _ROUNDING))
+        return torch.where(inside, tau, torch.nan)
+
+    def told(self, time: Tensor) -> Tensor:
+        """Return what a network is told at a time."""
+        return time if self._told is None else _evaluated(self._told, time)
+
+    def _log_level(self, time: Tensor) -> Tensor:
+        """Return ln(sigma / alpha); a factor that rounding makes negative at an end counts as 0."""
+        return self.sigma(time).clamp(min=0).log() - self.alpha(time).clamp(min=0).log()
+
+    def _improved(self, time: Tensor, log_t: Tensor) -> Tensor:
+        """Take a step of Newton's method, none where floating point leaves no slope (at the ends)."""
+        log_level, slope = with_slope(self._log_level, time)
+        usable = torch.isfinite(log_level) & torch.isfinite(slope) & (slope != 0)
+        step = torch.where(usable, log_level - log_t, 0.0) / torch.where(usable, slope, 1.0)
+        return time - step
+
+    def _bisected(self, log_levels: Tensor) -> Tensor:
+        """Return the times of levels by bisection over all float64 numbers between the ends."""
+        data_side, noise_side = (_ordered(torch.full_like(log_levels, end).view(torch.int64)) for end in self.times)
+        for _ in range(64):
+            # their mean, rounded down, without overflow
+            middle = (data_side & noise_side) + ((data_side ^ noise_side) >> 1)
+            below = self._log_level(_ordered(middle).view(torch.float64)) < log_levels
+            data_side, noise_side = torch.where(below, middle, data_side), torch.where(below, noise_side, middle)
+        return _ordered(noise_side).view(torch.float64)
+
+    def _check_continuity(self, log_levels: Tensor) -> None:
+        """Refuse functions whose level at the times found is another, as far as rounding lets one tell."""
+        readable = log_levels.abs() < 12  # 6e-6 to 160,000
+        times, wanted = self._nodes[readable], log_levels[readable]
+        found = self._log_level(times)
+        wrong = ~((found - wanted).abs() < 1e-3)
+        if bool(wrong.any()):
+            time, got, level = (v[wrong][0].item() for v in (times, found.exp(), wanted.exp()))
+            raise ValueError(
+                f"the noise level must rise continuously from data to noise, got {got:g} at time {time:g}, where it "
+                f"passes {level:g}: interpolate tables, and restrict times to where it rises."
+            )
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """Return the bits of float64 numbers as integers in the same order, and back."""
+    return bits ^ ((bits >> 63) & 0x7FFF_FFFF_FFFF_FFFF)
+
+
+def _evaluated(function: Function, time: Tensor) -> Tensor:
+    """Return a function's value at each time; it may return a number."""
+    value = function(time)
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=time.dtype, device=time.device)
+    return value.expand_as(time)
+
+
+def _level(log_level: float) -> float:
+    """Return the noise level of an end."""
+    return 0.0 if log_level < -_NOTHING else math.inf if log_level > _NOTHING else math.exp(log_level)
