@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import analytic_precond as ap
 
+long = pytest.mark.long
 THERE = torch.device("meta")
 SHAPE = (2, 4, 3)
 BATCH = 5
@@ -122,7 +123,7 @@ def target(name: str, s: Any) -> Any:
 
 
 @each_precond
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=long)], ids=str)
 def test_preconditionings_can_be_captured(name: str, dtype: torch.dtype) -> None:
     precond, x = moved(name), there(BATCH, *SHAPE, dtype=dtype)
     t = there(BATCH, dtype=dtype)
@@ -151,7 +152,7 @@ def test_levels_on_the_cpu_go_where_the_tables_are(name: str) -> None:
             function(level(), here[1])
 
 
-@pytest.mark.parametrize("name", ["backward", "per element", "least squares"])
+@pytest.mark.parametrize("name", ["per element", *(pytest.param(n, marks=long) for n in ("backward", "least squares"))])
 def test_numbers_and_levels_alone_compile_into_one_graph(name: str) -> None:
     """What the host reads on a GPU ends a graph here."""
     precond, t, s = preconditionings()[name], torch.tensor(5.0), torch.tensor(1.0)
@@ -291,11 +292,8 @@ def test_samplers_do_not_wait(name: str) -> None:
             ap.sample_deterministic(student, batch(), outside)
 
 
-@pytest.mark.parametrize("generators", [None, "one", "each"])
-def test_noise_is_copied_once(generators: str | None) -> None:
-    own = {None: None, "one": seeded(), "each": ap.per_sample_generators(BATCH, seeded())}[generators]
-    if own is None:
-        pytest.skip("torch has no generator for the device that stands for one")
+@pytest.mark.parametrize("own", [seeded(), ap.per_sample_generators(BATCH, seeded())], ids=["one", "each"])
+def test_noise_is_copied_once(own: Any) -> None:
     with another_device() as mode:
         noise = ap.draw_noise((BATCH, *SHAPE), own, device=THERE)
     assert noise.shape == (BATCH, *SHAPE)
@@ -383,6 +381,7 @@ def test_the_ode() -> None:
             ap.heun_solve_between(perfect, x, t, s, 2)
 
 
+@long  # hundreds of the teacher's steps
 @pytest.mark.parametrize("name", ["CM", "backward", "per element", "least squares"])
 def test_the_consistency_gap(name: str) -> None:
     perfect, precond = teacher(), moved(name)

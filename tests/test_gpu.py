@@ -195,6 +195,9 @@ def preconditionings() -> dict[str, ap.Preconditioning]:
         "backward": analytic(levels, l, s),
         "forward": analytic(levels, l, s, "forward"),
         "theta": analytic(levels, l, s, theta=0.4),
+        "per element": ap.PerElementPreconditioning.from_coefficients(
+            levels, *(table[:, None, None, None] * torch.ones(SHAPE, dtype=torch.float64) for table in (l, s))
+        ),
         "least squares": ap.LeastSquaresPreconditioning.fit(teacher, data, **fit),
         "cosines": ap.PerModePreconditioning.fit(teacher, data, **fit),
         "shifted": ap.ShiftedPreconditioning.fit(teacher, data, **{**fit, "levels": ap.log_noise_levels(20)}),
@@ -204,7 +207,7 @@ def preconditionings() -> dict[str, ap.Preconditioning]:
 
 NAMES = [
     "euler", "variance", "euler_variance_mixed", "CM", "BCM", "TrigFlow", "flow map", "backward", "forward", "theta",
-    "least squares", "shifted", "cosines", "axes",
+    "per element", "least squares", "shifted", "cosines", "axes",
 ]  # fmt: skip
 
 
@@ -246,7 +249,7 @@ def test_preconditionings_are_the_same_without_waiting(device: str, name: str, d
         torch.testing.assert_close(ours.cpu(), theirs, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["backward", "least squares", "cosines"])
+@pytest.mark.parametrize("name", ["backward", "per element", "least squares", "cosines"])
 def test_levels_out_of_range_give_nan_instead_of_waiting(device: str, name: str) -> None:
     t, s = (torch.tensor(level, device=device) for level in ([80.0, 90.0, 1.0], [0.002, 1.0, 2.0]))
     precond = on_device(name, device)
@@ -264,17 +267,17 @@ def test_levels_out_of_range_give_nan_instead_of_waiting(device: str, name: str)
 
 
 class Network(nn.Module):
-    """A small network of two noise levels, its weights the same every time."""
+    """A small network of two noise levels or of one, its weights the same every time."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_levels: int = 2) -> None:
         super().__init__()
         size = 2 * 4 * 3
-        self.first, self.last = nn.Linear(size + 2, 32), nn.Linear(32, size)
+        self.first, self.last = nn.Linear(size + num_levels, 32), nn.Linear(32, size)
         for number, parameter in enumerate(self.parameters()):
             parameter.data = 0.2 * normal(*parameter.shape, seed=number, dtype=torch.float32)
 
-    def forward(self, x: Tensor, c_t: Tensor, c_s: Tensor) -> Tensor:
-        told = torch.cat([x.flatten(1), c_t[:, None], c_s[:, None]], 1)
+    def forward(self, x: Tensor, *c_noise: Tensor) -> Tensor:
+        told = torch.cat([x.flatten(1), *(c[:, None] for c in c_noise)], 1)
         return self.last(torch.tanh(self.first(told))).view_as(x)
 
 
@@ -292,7 +295,7 @@ LOSSES = {"consistency": ap.consistency_distillation_loss, "trajectory": ap.traj
 @pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("distance", [ap.squared_error, ap.pseudo_huber], ids=lambda distance: distance.__name__)
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", ["euler", "backward", "least squares", "cosines"])
+@pytest.mark.parametrize("name", ["euler", "backward", "per element", "least squares", "cosines"])
 def test_losses_are_the_same_without_waiting(
     device: str, name: str, loss: str, distance: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
@@ -322,6 +325,52 @@ def test_losses_are_the_same_without_waiting(
     assert len(grads) == 4
     for ours, theirs in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["CM", "euler", "backward", "per element"])
+def test_a_consistency_models_loss_is_the_same_without_waiting(device: str, name: str) -> None:
+    x_0, noise = (normal(8, *SHAPE, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    times = ap.sample_adjacent_times(8, ap.karras_noise_levels(10), generator=seeded(3))
+
+    def step(where: str) -> tuple[Tensor, list[Tensor]]:
+        network = Network(num_levels=1)
+        student = ap.ConsistencyModel(network, copy.deepcopy(preconditionings()[name]), sigma_min=0.002).to(where)
+        average = ap.exponential_moving_average(student, 0.9)
+        teacher = ap.GaussianDenoiser(PROBLEM.variances.float().reshape(SHAPE)).to(where)
+        arguments = (teacher, student, average, x_0.to(where), noise.to(where), times)
+        ap.consistency_distillation_loss(*arguments).loss.backward()  # sets itself up
+        student.zero_grad()
+        average.update_parameters(student)
+        with no_waiting(where):
+            value = ap.consistency_distillation_loss(*arguments).loss
+            value.backward()
+            for _ in range(2):
+                average.update_parameters(student)
+        return value.cpu(), gradients(student)
+
+    (value, grads), (expected, expected_grads) = step(device), step("cpu")
+    torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5)  # float32, as above
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_a_labelled_network_on_a_table_is_the_same_without_waiting(device: str, prediction: str) -> None:
+    alphas_cumprod = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
+    own = normal(1, *SHAPE, dtype=torch.float32)
+    x, t = normal(4, *SHAPE, seed=1, dtype=torch.float32), torch.tensor([0.02, 0.5, 3.0, 40.0])
+
+    def network(z: Tensor, index: Tensor, shift: Tensor) -> Tensor:
+        return z.sin() + ap.expand_to(index, z) / 1000 + shift
+
+    schedule = ap.VPDiscreteSchedule(alphas_cumprod)
+    denoiser = ap.denoiser_from_network(network, prediction, schedule, shift=own)
+    expected = denoiser(x, t)
+    there = x.to(device), t.to(device)
+    denoiser(*there)  # the table and the condition are copied once
+    with no_waiting(device):
+        got = denoiser(*there), denoiser(*there, shift=there[0])
+    torch.testing.assert_close(got[0].cpu(), expected, rtol=1e-5, atol=1e-4)  # sines, and a float32 index
 
 
 @pytest.mark.usefixtures("around")

@@ -95,7 +95,9 @@ def assert_denoiser(
         if bool(((alone - expected).flatten(2).double().square().mean(-1).sqrt() <= rtol * size).all()):
             why = "Where all samples of a batch have one level it is right: it tells all of them the first one's."
         else:
-            why = explain(denoiser, exact, schedule, x, level, got, expected)
+            rows = (relative > rtol).any(1).nonzero()[:, 0]
+            rows = rows[:: max(1, len(rows) // 4)]  # enough to tell mistakes apart
+            why = explain(denoiser, exact, schedule, x[rows], level[rows], got[rows], expected[rows])
     k, i = divmod(int(relative.argmax()), len(x_0))
     raise AssertionError(
         f"the denoiser must give the reference's clean data within {rtol:g} of x, got an RMS difference of "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ from ..teachers.networks import NetworkDenoiser
 from ..teachers.predictions import PredictionScalings
 
 _PREDICTIONS = ("epsilon", "v", "velocity", "sample")
-_EXPLAINED = 0.1  # of the misfit's RMS may be left
+_EXPLAINED = 0.01  # of the misfit's square may be left
+_SAME = 1e-6  # of it is rounding: two mistakes that explain so much are one
 
 
 def explain(
@@ -28,7 +30,7 @@ def explain(
 ) -> str:
     """Return the mistake that makes ``got`` of ``exact``'s answers, in words, or the list of the usual ones.
 
-    All have the shape ``(K, B, ...)``, one level a row; ``t`` has ``(K, B)``.
+    All have the shape ``(K, B, ...)``, one level a row, where they differ; ``t`` has ``(K, B)``.
     """
     if schedule is not None:
         schedules = [schedule]
@@ -36,19 +38,20 @@ def explain(
         scalings = denoiser.scalings if isinstance(denoiser, NetworkDenoiser) else None
         own = [scalings.schedule] if isinstance(scalings, PredictionScalings) else []
         schedules = [*own, VPLinearSchedule(), RectifiedFlowSchedule(), EDMSchedule()]
-    some = slice(None, None, 3)  # of the levels: enough to tell mistakes apart
-    misfit = _square(got[some] - expected[some])
     per_level = [
         [
-            (words, _square(answer - mistaken))
+            (words, _square(answer - mistaken) / _square(answer - right))  # what is left of the misfit
             for candidate in schedules
             for words, mistaken in _mistakes(exact, candidate, x_t, levels)
         ]
-        for x_t, levels, answer in zip(x[some], t[some], got[some], strict=True)
+        for x_t, levels, answer, right in zip(x, t, got, expected, strict=True)
     ]
-    for mistakes in zip(*per_level, strict=True):
-        if sum(square for _, square in mistakes) < _EXPLAINED**2 * misfit:
-            return f"It is what comes out if {mistakes[0][0]}."
+    # the median over levels: codes that know whole indices only answer others by the nearest
+    left = [(parts[0][0], median(part for _, part in parts)) for parts in zip(*per_level, strict=True)]
+    least = min((part for _, part in left if part >= 0), default=1.0)  # NaN is no explanation
+    if least < _EXPLAINED:
+        words = next(words for words, part in left if part <= max(_SAME, least))
+        return f"It is what comes out if {words}."
     return (
         "None of the usual mistakes alone does that (epsilon, v, velocity or x_0 taken for another, a wrong sign, time "
         "in the wrong direction, sigma for an index, a missing 1 / alpha, x for alpha x): another schedule, or a "

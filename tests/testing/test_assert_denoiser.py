@@ -18,6 +18,7 @@ X_0 = MEANS.repeat(2, 1) + 0.2 * torch.randn(6, 2, generator=torch.Generator().m
 TABLE = (1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)
 
 VP = ap.VPDiscreteSchedule(TABLE)
+ON_THE_TABLE = VP.noise_level(torch.tensor([950.0, 700.0, 450.0, 200.0, 50.0, 3.0]))
 FLOW = ap.RectifiedFlowSchedule()
 COSINE = ap.VPCosineSchedule()
 
@@ -112,7 +113,7 @@ PLANTED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("denoiser", "words"), PLANTED.values(), ids=PLANTED.keys())
 def test_what_is_planted_is_named(denoiser: Any, words: str) -> None:
     with pytest.raises(AssertionError, match=r"RMS difference of .* at t = .*, sample \d, ") as caught:
-        assert_denoiser(denoiser, vp_reference, X_0, schedule=VP)
+        assert_denoiser(denoiser, vp_reference, X_0, ON_THE_TABLE, schedule=VP)
     assert words in str(caught.value)
 
 

@@ -31,6 +31,7 @@ def test_the_file_to_copy(tmp_path: Path) -> None:
     assert "AssertionError: read-out: -t d/ds c_out: got 2, expected 1" in printed
 
 
+@pytest.mark.long
 def test_it_is_imported_by_name_only() -> None:
     """Nothing else in the package imports it, and it brings no test runner and no plots."""
     code = (

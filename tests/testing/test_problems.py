@@ -107,11 +107,11 @@ def test_samples_have_the_law(problem: Problem) -> None:
 @pytest.mark.parametrize("theta", [0.0, 0.5, 1.0])
 @every
 def test_jumps_are_those_of_the_tables(problem: Problem, theta: float) -> None:
-    levels = ap.log_noise_levels(240)
+    levels = ap.log_noise_levels(120)
     precond = ap.AnalyticPreconditioning.from_coefficients(levels, problem.l(levels), problem.s(levels), theta=theta)
     t, s = torch.tensor([5.0, 0.5], dtype=torch.float64), torch.tensor([1.0, 0.01], dtype=torch.float64)
     for got, expected in zip(precond(t, s), problem.jump(t, s, theta), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)  # the splines' 1e-8, times c_out
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=1e-8)  # splines through 120 levels, times c_out
 
 
 def test_jump_of_one_variance_is_the_flow() -> None:
