@@ -50,6 +50,7 @@ from .preconditionings.hand_crafted import (
     TrigFlowPreconditioning,
 )
 from .preconditionings.per_element import PerElementPreconditioning
+from .preconditionings.scheduled import ScheduledPreconditioning
 from .sampling.callbacks import SamplingStep
 from .sampling.noise import draw_noise, per_sample_generators
 from .sampling.samplers import sample_deterministic, sample_gamma, sample_multistep, sample_one_step
@@ -130,6 +131,7 @@ __all__ = [  # noqa: RUF022 - in the order of the pipeline
     "PerModePreconditioning",
     "PerElementPreconditioning",
     "ShiftedPreconditioning",
+    "ScheduledPreconditioning",
     # students
     "NOISE_CONDITIONINGS",
     "ConsistencyModel",

@@ -289,6 +289,7 @@ def gradients(student: nn.Module) -> list[Tensor]:
 LOSSES = {"consistency": ap.consistency_distillation_loss, "trajectory": ap.trajectory_distillation_loss}
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("distance", [ap.squared_error, ap.pseudo_huber], ids=lambda distance: distance.__name__)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["euler", "backward", "least squares", "cosines"])
@@ -323,6 +324,7 @@ def test_losses_are_the_same_without_waiting(
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3 * float(theirs.abs().max()))
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ["backward", "least squares", "cosines"])
 def test_a_training_step_is_captured_as_a_graph(device: str, name: str, loss: str) -> None:
@@ -372,6 +374,7 @@ SAMPLERS: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.usefixtures("around")
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("name", ["euler", "backward", "least squares", "cosines"])
 def test_samplers_are_the_same(device: str, name: str, sampler: str) -> None:

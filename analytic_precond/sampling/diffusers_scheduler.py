@@ -1,8 +1,8 @@
 r"""A scheduler for the diffusers library: consistency sampling with any preconditioning.
 
 A pipeline calls its network with one time, so its jumps all end at ``sigma_min``, and the network's input and output
-need only be scaled: four numbers per noise level, which the scheduler keeps in its config. A saved pipeline samples
-bit for bit as before, without the statistics or the preconditioning that the numbers came from.
+need only be scaled: a few numbers per level in the scheduler's config. A saved pipeline samples bit for bit as before,
+without the statistics or the preconditioning that they came from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from .._checks import warn_caller
 from ..noise_levels.network_scalings import input_scale
+from ..noise_levels.schedules import EDMSchedule, Schedule
 from ..students.consistency_models import ConsistencyModel
 from .levels import Levels, is_cleanest, resolve_levels
 
@@ -28,26 +30,28 @@ except ImportError as error:
 
 
 class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]  # the two disagree on config_name
-    r"""Multistep sampling of a one-time student in ``diffusers.ConsistencyModelPipeline``.
+    r"""Multistep sampling of a one-time student in pipelines of diffusers.
 
     With the raw network F of a `ConsistencyModel`, at the levels $t_i$ of its grid,
 
-    $$x_{\sigma_{min}} = c_{skip}\, x_t + c_{out}\, F(c_{in}\, x_t, c_{noise}), \qquad
-      x_{t_{i+1}} = x_{\sigma_{min}} + \sqrt{t_{i+1}^2 - \sigma_{min}^2}\; z$$
+    $$x_{\sigma_{min}} = c_{skip}\, x'_t + c_{out}\, F(c_{in}\, x'_t, c_{noise}), \qquad
+      x'_{t_{i+1}} = \alpha_{i+1} \left( x_{\sigma_{min}} + \sqrt{t_{i+1}^2 - \sigma_{min}^2}\; z \right)$$
 
-    as `sample_multistep`. Make it with `from_student`; the arguments are what diffusers keeps in
-    ``scheduler_config.json``. Nothing is clipped.
+    as `sample_multistep`, on the noisy data $x' = \alpha x$ that the pipeline knows: $\alpha = 1$ in
+    ``ConsistencyModelPipeline``, a schedule's in others. Make it with `from_student`; the arguments are what diffusers
+    keeps in ``scheduler_config.json``. Nothing is clipped.
 
     A saved pipeline names this module. Newer diffusers loads it only where it has been imported:
     ``from analytic_precond import ConsistencyJumpScheduler`` before ``from_pretrained``.
 
     Args:
-        levels: Noise levels, noisiest first. The pipeline starts from the first.
+        levels: Noise levels, noisiest first, where the pipeline starts.
         c_noise: What the network is told of each level; the scheduler's ``timesteps`` are of these.
         c_in: Multiplies the data on their way into the network, per level.
         c_skip: Multiplies the data in the jump from each level to ``sigma_min``.
         c_out: Multiplies the network's output in that jump.
         sigma_min: The level that all jumps reach.
+        alpha: Factor of the clean data in the pipeline's noisy data, per level. Default: 1.
 
     Raises:
         ValueError: If the tables do not fit together.
@@ -75,8 +79,11 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         c_skip: list[float],
         c_out: list[float],
         sigma_min: float,
+        alpha: list[float] | None = None,
     ) -> None:
+        self._alpha = [1.0] * len(levels) if alpha is None else alpha
         tables = {"levels": levels, "c_noise": c_noise, "c_in": c_in, "c_skip": c_skip, "c_out": c_out}
+        tables["alpha"] = self._alpha
         for name, table in tables.items():
             if len(table) != len(levels) or not all(math.isfinite(value) for value in table):
                 raise ValueError(
@@ -84,27 +91,37 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
                 )
         if resolve_levels(levels, sigma_min=sigma_min) != levels:
             raise ValueError(f"levels must decrease from the noisiest, got {levels!r:.200}.")
-        self._times = torch.tensor(c_noise, dtype=torch.float32, device="cpu")
+        whole = all(isinstance(time, int) for time in c_noise)
+        self._times = torch.tensor(c_noise, dtype=torch.int64 if whole else torch.float32, device="cpu")
         if len(self._times.unique()) < len(levels):
-            raise ValueError("c_noise must tell all levels apart in float32, got duplicates: take fewer levels.")
-        self.init_noise_sigma = levels[0]
+            raise ValueError(
+                "c_noise must tell all levels apart in float32, got duplicates: take fewer levels, only such as the "
+                "network knows."
+            )
+        self.init_noise_sigma = self._alpha[0] * levels[0]
         self.set_timesteps(1)
 
     @classmethod
-    def from_student(cls, student: ConsistencyModel, levels: Levels) -> ConsistencyJumpScheduler:
-        """Make the scheduler of a student, whose raw network the pipeline then holds as ``unet``.
+    def from_student(
+        cls, student: ConsistencyModel, levels: Levels, schedule: Schedule | None = None
+    ) -> ConsistencyJumpScheduler:
+        """Make the scheduler of a student, whose raw network the pipeline then holds as ``unet`` or ``transformer``.
 
         Args:
-            student: The student; of its network nothing is used. Of an average, pass ``average.module``.
+            student: The student, around that network or the denoiser made of it; of its weights nothing is used. Of an
+                average, pass ``average.module``.
             levels: The noise levels that timesteps are indices of, usually the training grid: a final 0 stands for
                 ``sigma_min``. Pipelines start from the noisiest.
+            schedule: How the pipeline adds noise: a `VPDiscreteSchedule` for Stable Diffusion's, a
+                `RectifiedFlowSchedule` for Stable Diffusion 3's, whose noise has unit variance instead of
+                ``init_noise_sigma``'s (0.988 at level 80). Default: none, as ``ConsistencyModelPipeline``.
 
         Returns:
             The scheduler.
 
         Raises:
-            TypeError: If ``student`` is not a `ConsistencyModel`, or its preconditioning has coefficients per mode or
-                element.
+            TypeError: If ``student`` is not a `ConsistencyModel`, its denoiser is not made of a network, it jumps by
+                coefficients per mode or element, or ``schedule`` is no `Schedule`.
             ValueError: If a level is out of the student's range.
         """
         if not isinstance(student, ConsistencyModel):
@@ -112,14 +129,21 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
                 f"student must be a ConsistencyModel, got {type(student).__name__}: pipelines tell a network one noise "
                 f"level, so no others fit; of an average, pass average.module."
             )
+        schedule = EDMSchedule() if schedule is None else schedule
+        if not isinstance(schedule, Schedule):
+            raise TypeError(
+                f"schedule must be a Schedule, got {type(schedule).__name__}: e.g. RectifiedFlowSchedule()."
+            )
         grid = resolve_levels(levels, sigma_min=student.sigma_min)
         rows = [_jump_on_network(student, t) for t in grid]
         q, c_in, c_skip, c_out = (list(column) for column in zip(*rows, strict=True))
+        alpha = schedule.alpha(schedule.time(torch.tensor(grid, dtype=torch.float64, device="cpu"))).tolist()
+        c_in, c_skip = ([c / a for c, a in zip(column, alpha, strict=True)] for column in (c_in, c_skip))
         told = torch.tensor(q, dtype=torch.float32, device="cpu")
         with torch.no_grad():  # in float32, as the student tells it with float32 data
-            times = student.scalings(told).c_noise
+            times = student.scalings(told).c_noise.tolist()
         scheduler: ConsistencyJumpScheduler = cls(
-            levels=grid, c_noise=times.tolist(), c_in=c_in, c_skip=c_skip, c_out=c_out, sigma_min=student.sigma_min
+            levels=grid, c_noise=times, c_in=c_in, c_skip=c_skip, c_out=c_out, sigma_min=student.sigma_min, alpha=alpha
         )
         return scheduler
 
@@ -165,6 +189,7 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
             raise ValueError(f"timesteps must hold 0, the noisiest level, where pipelines start, got {timesteps}.")
         self._rows = [levels.index(level) for level in chosen if not is_cleanest(level, sigma_min)]
         self.timesteps = self._times[self._rows].to(device)
+        self.is_scale_input_called = False
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
         """Return ``c_in * sample``, what the network is called with.
@@ -180,6 +205,7 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
             ValueError: If ``timestep`` is another.
         """
         c_in: float = self.config["c_in"][self._rows[self._number(timestep)]]
+        self.is_scale_input_called = True
         return (c_in * sample.to(_at_least_float32(sample))).to(sample.dtype)
 
     def step(
@@ -207,13 +233,37 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         """
         number, dtype = self._number(timestep), _at_least_float32(sample)
         row = self._rows[number]
+        if not self.is_scale_input_called and abs(self.config["c_in"][row] - 1) > _ROUNDING:
+            warn_caller(
+                f"expected the network's input from scheduler.scale_model_input (here {self.config['c_in'][row]:.4g} "
+                f"times the sample), which was not called: a pipeline that leaves it out gives wrong samples."
+            )
+        self.is_scale_input_called = False
         x = self.config["c_skip"][row] * sample.to(dtype) + self.config["c_out"][row] * model_output.to(dtype)
         if number + 1 < len(self._rows):
-            u, sigma_min = self.config["levels"][self._rows[number + 1]], self.config["sigma_min"]
+            following, sigma_min = self._rows[number + 1], self.config["sigma_min"]
             z = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            x = x + math.sqrt(u**2 - sigma_min**2) * z
+            x = self._alpha[following] * (x + math.sqrt(self.config["levels"][following] ** 2 - sigma_min**2) * z)
         x = x.to(sample.dtype)
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        r"""Return the pipeline's noisy data $\alpha (x_0 + t n)$, to start from given images.
+
+        Args:
+            original_samples: Clean data. Shape ``(B, ...)``.
+            noise: Standard normal noise. Shape ``(B, ...)``.
+            timesteps: Of `timesteps`, one per sample or one for all.
+
+        Returns:
+            The noisy data. Shape and dtype of ``original_samples``.
+        """
+        rows = [self._rows[self._number(timestep)] for timestep in timesteps.reshape(-1)]
+        dtype = _at_least_float32(original_samples)
+        tables = torch.tensor([self._alpha, self.config["levels"]], dtype=dtype, device=original_samples.device)
+        alpha, t = tables[:, rows].reshape(2, -1, *[1] * (original_samples.ndim - 1))
+        noisy: Tensor = alpha * (original_samples.to(dtype) + t * noise.to(dtype))
+        return noisy.to(original_samples.dtype)
 
     def _number(self, timestep: Tensor | float) -> int:
         """Return the position of a timestep among `timesteps`."""
@@ -224,6 +274,9 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
                 f"set_timesteps first and loop over scheduler.timesteps."
             )
         return int(found[0])
+
+
+_ROUNDING = 1e-6  # c_in = alpha / alpha, computed in float64 twice
 
 
 def _jump_on_network(student: ConsistencyModel, t: float) -> tuple[float, float, float, float]:

@@ -50,6 +50,11 @@ class Student(NetworkWrapper):
         sigma_data: float = 0.5,
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
+        if hasattr(network, "scalings"):
+            raise TypeError(
+                f"network must be a raw network, got {type(network).__name__}, which is a denoiser already: write "
+                f"{type(self).__name__}.from_denoiser(denoiser, precond)."
+            )
         self._build(network, precond, "network")
         if noise_conditioning is not None and not callable(noise_conditioning):
             raise TypeError(

@@ -31,6 +31,12 @@ X, T, S = GOLDEN["x"], GOLDEN["t"], GOLDEN["s"]
 th = torch  # its name in OpenAI's and Sony's code
 
 
+@pytest.fixture
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for a page to run."""
+    monkeypatch.setattr(ap, "estimate_statistics", functools.partial(ap.estimate_statistics, num_samples=256))
+
+
 def assert_last_block_objects(page: str, run: Callable[[], object]) -> None:
     """A mistake is found by the check at the page's end, not before."""
     with pytest.raises(AssertionError) as raised:
@@ -533,7 +539,301 @@ def test_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:
             )
 
 
+# NVlabs/edm2
+
+
+def unit_norm(w: Tensor) -> Tensor:
+    return w / (1e-4 * w[0].numel() ** 0.5 + w.flatten(1).norm(dim=1).reshape(-1, *[1] * (w.ndim - 1)))
+
+
+class MPFourier(nn.Module):
+    """As training/networks_edm2.py: random features of a level, of unit variance."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 2 * torch.pi * torch.randn(num_channels))
+        self.register_buffer("phases", 2 * torch.pi * torch.rand(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2**0.5 * torch.cos(x[:, None] * self.freqs + self.phases)
+
+
+class MPConv(nn.Module):
+    """As training/networks_edm2.py: rows of unit norm, rewritten in training."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: list[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out_channels, in_channels, *kernel))
+
+    def forward(self, x: Tensor, gain: Tensor | float = 1) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.weight.copy_(unit_norm(self.weight) * self.weight[0].numel() ** 0.5)
+        w = gain * unit_norm(self.weight)
+        return x @ w.T if w.ndim == 2 else nn.functional.conv2d(x, w, padding=w.shape[-1] // 2)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    return nn.functional.silu(x) / 0.596
+
+
+class UNet(nn.Module):
+    """As training/networks_edm2.py: the embedding, and a block that it modulates."""
+
+    # fmt: off
+    def __init__(self, img_channels: int, label_dim: int, cnoise: int = 8, cemb: int = 16) -> None:
+        super().__init__()
+        self.emb_fourier = MPFourier(cnoise)
+        self.emb_noise = MPConv(cnoise, cemb, kernel=[])
+        self.emb_label = MPConv(label_dim, cemb, kernel=[])
+        self.enter, self.exit = MPConv(img_channels, 16, kernel=[3, 3]), MPConv(16, img_channels, kernel=[3, 3])
+        self.emb_linear, self.emb_gain = MPConv(cemb, 16, kernel=[]), torch.nn.Parameter(0.3 * torch.ones([]))
+
+    def forward(self, x, noise_labels, class_labels):
+        emb = self.emb_noise(self.emb_fourier(noise_labels))
+        emb = (emb + self.emb_label(class_labels * class_labels.shape[1] ** 0.5)) / 2**0.5
+        emb = mp_silu(emb)
+        c = self.emb_linear(emb, gain=self.emb_gain) + 1
+        return self.exit(mp_silu(self.enter(x) * c[:, :, None, None]))
+    # fmt: on
+
+
+class Precond(nn.Module):
+    """As training/networks_edm2.py: EDM's denoiser, which hands keywords on, and remembers its arguments."""
+
+    def __init__(self, img_channels: int, label_dim: int, sigma_data: float = 0.5) -> None:
+        super().__init__()
+        self.init_kwargs = {"img_channels": img_channels, "label_dim": label_dim, "sigma_data": sigma_data}
+        self.sigma_data, self.label_dim = sigma_data, label_dim
+        self.unet = UNet(img_channels, label_dim)
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, **unet_kwargs: Any) -> Tensor:
+        x, sigma = x.to(torch.float32), sigma.to(torch.float32).reshape(-1, 1, 1, 1)
+        labels = torch.zeros(1, self.label_dim) if class_labels is None else class_labels
+        total = sigma**2 + self.sigma_data**2
+        F = self.unet(x / total.sqrt(), sigma.flatten().log() / 4, labels, **unet_kwargs)
+        return self.sigma_data**2 / total * x + sigma * self.sigma_data / total.sqrt() * F
+
+
+class LatentEncoder:
+    """As training/encoders.py: means and deviations in, a sample of unit scale out."""
+
+    def encode_latents(self, x: Tensor) -> Tensor:
+        mean, std = x.to(torch.float32).chunk(2, dim=1)
+        return (mean + torch.randn_like(mean) * std) / 8
+
+
+@pytest.mark.usefixtures("few_samples")
+def test_edm2() -> None:
+    one_hot = np.eye(5, dtype=np.float32)
+    raw = [
+        (torch.cat([4 * torch.randn(4, 4, 4), 0.1 * torch.ones(4, 4, 4)]).numpy(), one_hot[i % 5]) for i in range(64)
+    ]
+    net = Precond(img_channels=4, label_dim=5).eval().requires_grad_(False)
+    namespace: Namespace = {
+        "net": net,
+        "dataset": raw,
+        "encoder": LatentEncoder(),
+        "MPConv": MPConv,
+        "mp_silu": mp_silu,
+    }
+    namespace |= {"MPFourier": MPFourier, "Precond": Precond}
+    # Precond finds the edited UNet where the page's code is
+    globals_of = Precond.__init__.__globals__
+    before = globals_of["UNet"]
+    namespace["Precond"] = lambda **arguments: edited(**arguments)
+
+    def edited(**arguments: Any) -> Precond:
+        globals_of["UNet"] = namespace["UNet"]
+        try:
+            return Precond(**arguments)
+        finally:
+            globals_of["UNet"] = before
+
+    run_page("edm2.md", namespace, UNet)
+    unet = namespace["student"].network.network.unet
+    assert [*unet.state_dict().keys() - net.unet.state_dict().keys()] != []
+    norms = unet.emb_target.weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full_like(norms, 8**0.5), rtol=1e-3, atol=0)  # rewritten in training
+
+
+# lucidrains/denoising-diffusion-pytorch
+
+
+class SinusoidalPosEmb(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x[:, None] * torch.logspace(0, -4, 8)
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+class Unet(nn.Module):
+    """As denoising_diffusion_pytorch.py: a time in steps, and nothing else."""
+
+    # fmt: off
+    def __init__(self, dim: int = 16, full_attn = None) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.time_mlp = nn.Sequential(SinusoidalPosEmb(), nn.Linear(dim, 16), nn.GELU(), nn.Linear(16, 16))
+        if not full_attn:
+            full_attn = (False, True)
+        self.init_conv, self.final_conv = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x, time, x_self_cond = None):
+        x = self.init_conv(x)
+        t = self.time_mlp(time)
+        return self.final_conv(torch.tanh(x + t[:, :, None, None]))
+    # fmt: on
+
+
+class GaussianDiffusion(nn.Module):
+    """As denoising_diffusion_pytorch.py: the cosine table, and clean data from three predictions."""
+
+    def __init__(self, model: nn.Module, objective: str) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+        steps = torch.linspace(0, 1, 1001, dtype=torch.float64)
+        bars = ((steps + 0.008) / 1.008 * torch.pi / 2).cos() ** 2
+        betas = (1 - bars[1:] / bars[:-1]).clip(0, 0.999)
+        self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0).to(torch.float32))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        return 2 * images - 1
+
+    def model_predictions(self, x: Tensor, t: Tensor) -> SimpleNamespace:
+        alpha = append_dims(self.alphas_cumprod[t].sqrt(), x.ndim)
+        sigma = append_dims((1 - self.alphas_cumprod[t]).sqrt(), x.ndim)
+        F = self.model(x, t)
+        clean = {"pred_noise": (x - sigma * F) / alpha, "pred_x0": F, "pred_v": alpha * x - sigma * F}
+        return SimpleNamespace(pred_x_start=clean[self.objective])
+
+
+@pytest.mark.usefixtures("few_samples")
+@pytest.mark.parametrize("objective", ["pred_noise", "pred_x0", "pred_v"])
+def test_lucidrains(objective: str) -> None:
+    diffusion = GaussianDiffusion(Unet(), objective).eval().requires_grad_(False)
+    namespace: Namespace = {"diffusion": diffusion, "images": (images() + 1) / 2, "arguments": {"dim": 16}}
+    namespace["SinusoidalPosEmb"] = SinusoidalPosEmb
+    run_page("lucidrains.md", namespace, Unet)
+    network = namespace["network"]
+    grads = {name: p.grad for name, p in network.named_parameters()}
+    assert grads["target_mlp.3.weight"].abs().max() > 0
+
+
+# LCM, PCM and TCD
+
+
+def lcm_training(unet, latents, noise, noise_scheduler, start_timesteps, timesteps, args):  # type: ignore[no-untyped-def]
+    """As train_lcm_distill_sd_wds.py: the lines around the scalings."""
+
+    def scalings_for_boundary_conditions(timestep, sigma_data=0.5, timestep_scaling=10.0):  # type: ignore[no-untyped-def]
+        return ap.LCMPreconditioning(sigma_data, timestep_scaling)(timestep)
+
+    # fmt: off
+    if True:
+            if True:
+                c_skip_start, c_out_start = scalings_for_boundary_conditions(
+                    start_timesteps, timestep_scaling=args.timestep_scaling_factor
+                )
+                c_skip_start, c_out_start = [append_dims(x, latents.ndim) for x in [c_skip_start, c_out_start]]
+                c_skip, c_out = scalings_for_boundary_conditions(
+                    timesteps, timestep_scaling=args.timestep_scaling_factor
+                )
+                c_skip, c_out = [append_dims(x, latents.ndim) for x in [c_skip, c_out]]
+    # fmt: on
+    noisy = noise_scheduler.add_noise(latents, noise, start_timesteps)
+    bars = append_dims(noise_scheduler.alphas_cumprod[start_timesteps], noisy.ndim)
+    pred_x_0 = (noisy - (1 - bars).sqrt() * unet(noisy, start_timesteps)) / bars.sqrt()
+    return noisy, pred_x_0, c_skip_start * noisy + c_out_start * pred_x_0, (c_skip, c_out)
+
+
+class TextToImage(nn.Module):
+    """A small network with the signature of UNet2DConditionModel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.exit, self.text = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 1), nn.Linear(6, 8)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor | None = None, return_dict: bool = True
+    ) -> Any:
+        h = self.enter(sample) + append_dims(timestep, 4).sin()
+        if encoder_hidden_states is not None:
+            h = h + self.text(encoder_hidden_states.mean(1))[:, :, None, None]
+        out = self.exit(torch.tanh(h))
+        return SimpleNamespace(sample=out) if return_dict else (out,)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # NumPy 2 in diffusers
+@pytest.mark.usefixtures("few_samples")
+def test_lcm() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    noise_scheduler, unet = diffusers.DDPMScheduler(**betas), TextToImage().eval().requires_grad_(False)
+    namespace: Namespace = {"noise_scheduler": noise_scheduler, "teacher_unet": unet, "unet": unet}
+    namespace |= {"latents": torch.randn(32, 4, 4, 4), "prompt_embeds": torch.randn(4, 5, 6)}
+    namespace |= {"uncond_prompt_embeds": torch.zeros(4, 5, 6), "args": SimpleNamespace(timestep_scaling_factor=10.0)}
+    run_page("lcm.md", namespace, lcm_training)
+
+    # with CTM's preconditioning the training's jump is DDIM's to step 0
+    k, noise = torch.tensor([999, 499, 19]), torch.randn(3, 4, 4, 4)
+    namespace["jump"] = ap.CTMPreconditioning().on_schedule(namespace["schedule"])
+    eps = lambda noisy, steps: unet(noisy, steps).sample  # noqa: E731
+    noisy, clean, pred, at_zero = namespace["lcm_training"](
+        eps, namespace["latents"][:3], noise, noise_scheduler, k, torch.zeros(3, dtype=torch.long), namespace["args"]
+    )
+    bar = noise_scheduler.alphas_cumprod[0]
+    torch.testing.assert_close(pred, bar.sqrt() * clean + (1 - bar).sqrt() * eps(noisy, k), rtol=1e-4, atol=1e-4)
+    assert (at_zero[0] == 1).all()
+    assert (at_zero[1] == 0).all()
+
+    # TCD's scheduler makes CTM's jump
+    tcd = diffusers.TCDScheduler(**betas)
+    tcd.set_timesteps(4)
+    for gamma in (0.0, 0.3):
+        tcd._step_index = None
+        start, following = (int(step) for step in tcd.timesteps[:2])
+        end = int((1 - gamma) * following)
+        step = tcd.step(eps(noisy, k[:1]), start, noisy, eta=gamma)
+        bars = noise_scheduler.alphas_cumprod[start]
+        clean = (noisy - (1 - bars).sqrt() * eps(noisy, k[:1])) / bars.sqrt()
+        jumped = namespace["jump"].jump(noisy, clean, start, end)
+        torch.testing.assert_close(step.pred_noised_sample, jumped, rtol=1e-4, atol=1e-4)
+
+
 # the pages themselves
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "row", "lines"),
+    [
+        ("edm2.md", "The student", "NVlabs/edm2, two times", 6),
+        ("lucidrains.md", "The student", "the same, one-time and two-time student", 2 + 7),
+        ("lcm.md", "The change", "LCM script, jump", 4),
+        ("lcm.md", "Sampling", "Stable Diffusion 1 and 3, sampling", 3),
+        ("diffusers.md", "A UNet as a student", "diffusers, UNet of two times", 4),
+        ("flow-codebases.md", "willisma/SiT", "SiT, teacher on a GVP or VP path", 2),
+        ("flow-codebases.md", "SiT, (one|two) times?", "SiT, one-time and two-time student", 1 + 14),
+        ("flow-codebases.md", "facebookresearch/flow_matching", "flow_matching, teacher", 2),
+        ("flow-codebases.md", "NVlabs/FastGen", "FastGen, teacher of any network", 9),
+        ("flow-codebases.md", "FastGen, two times", "FastGen, two-time student", 3),
+        ("flow-codebases.md", "NVlabs/rcm", "rCM, teacher, and jump in its angle", 11),
+    ],
+)
+def test_lines_of_the_table_are_those_of_the_pages(page: str, heading: str, row: str, lines: int) -> None:
+    found = re.finditer(
+        rf"^## {heading}\n(?P<text>.*?)(?=^## )", (PAGES / page).read_text(), flags=re.DOTALL | re.MULTILINE
+    )
+    section = "\n".join(match["text"] for match in found)
+    written = [
+        line
+        for language, text in re.findall(r"^```(python|diff)\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
+        for line in text.splitlines()
+        if line and (language == "python" or line[0] == "+") and "TeacherStatistics.load" not in line
+    ]
+    assert len(written) == lines
+    cells = next(
+        line for line in (PAGES / "README.md").read_text().splitlines() if line.startswith(f"| {row} |")
+    ).split(" | ")
+    assert sum(map(int, re.findall(r"\d+", cells[2]))) == lines
 
 
 def test_every_page_is_run_and_links_to_things_that_exist() -> None:

@@ -149,6 +149,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path) -> None:
         scheduler.set_timesteps(timesteps=[0, 5])
         assert torch.equal(other.timesteps, scheduler.timesteps)
         args = torch.ones(1, 2), scheduler.timesteps[1], torch.ones(1, 2)
+        assert torch.equal(*(each.scale_model_input(args[2], args[1]) for each in (other, scheduler)))
         assert torch.equal(other.step(*args).prev_sample, scheduler.step(*args, return_dict=False)[0])
 
 

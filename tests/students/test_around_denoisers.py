@@ -238,6 +238,8 @@ def test_default_levels_stay_inside_what_the_denoiser_knows() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
+        (lambda d, p: ap.ConsistencyModel(d, p), TypeError,
+         r"a raw network, got NetworkDenoiser, which is a denoiser already: write ConsistencyModel\.from_denoiser\("),
         (lambda d, p: ap.ConsistencyModel.from_denoiser(3, p), TypeError, r"denoiser must be callable, got int"),
         (lambda d, p: ap.ConsistencyModel.from_denoiser(d, "ctm"), TypeError, r"precond must be .* got str"),
         (lambda d, p: ap.ConsistencyModel.from_denoiser(d, p, sigma_min=-1.0), ValueError, r"sigma_min"),

@@ -29,4 +29,8 @@ def use(data: Tensor, t: Tensor) -> None:
     assert_type(c_skip * c_out, Tensor)
     student = ap.ConsistencyTrajectoryModel(Conditional(), precond)
     assert_type(student(data, t, 0.002), Tensor)
+    assert_type(ap.ConsistencyModel.from_denoiser(Conditional(), precond)(data, t), Tensor)
+    on_flow = precond.on_schedule(ap.RectifiedFlowSchedule())
+    assert_type(on_flow(t, 0.5), ap.Scalings)
+    assert_type(on_flow.jump(data, data, t, 0.5), Tensor)
     assert_type(precond.jump(data, student.denoise(data, t), t, 1.0), Tensor)
