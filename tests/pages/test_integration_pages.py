@@ -31,6 +31,12 @@ X, T, S = GOLDEN["x"], GOLDEN["t"], GOLDEN["s"]
 th = torch  # its name in OpenAI's and Sony's code
 
 
+@pytest.fixture
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for a page to run."""
+    monkeypatch.setattr(ap, "estimate_statistics", functools.partial(ap.estimate_statistics, num_samples=256))
+
+
 def assert_last_block_objects(page: str, run: Callable[[], object]) -> None:
     """A mistake is found by the check at the page's end, not before."""
     with pytest.raises(AssertionError) as raised:
@@ -804,12 +810,19 @@ def test_lcm() -> None:
         ("lcm.md", "The change", "LCM script, jump", 4),
         ("lcm.md", "Sampling", "Stable Diffusion 1 and 3, sampling", 3),
         ("diffusers.md", "A UNet as a student", "diffusers, UNet of two times", 4),
+        ("flow-codebases.md", "willisma/SiT", "SiT, teacher on a GVP or VP path", 2),
+        ("flow-codebases.md", "SiT, (one|two) times?", "SiT, one-time and two-time student", 1 + 14),
+        ("flow-codebases.md", "facebookresearch/flow_matching", "flow_matching, teacher", 2),
+        ("flow-codebases.md", "NVlabs/FastGen", "FastGen, teacher of any network", 9),
+        ("flow-codebases.md", "FastGen, two times", "FastGen, two-time student", 3),
+        ("flow-codebases.md", "NVlabs/rcm", "rCM, teacher, and jump in its angle", 11),
     ],
 )
 def test_lines_of_the_table_are_those_of_the_pages(page: str, heading: str, row: str, lines: int) -> None:
-    (section,) = re.findall(
-        rf"^## {heading}\n(.*?)(?=^## )", (PAGES / page).read_text(), flags=re.DOTALL | re.MULTILINE
+    found = re.finditer(
+        rf"^## {heading}\n(?P<text>.*?)(?=^## )", (PAGES / page).read_text(), flags=re.DOTALL | re.MULTILINE
     )
+    section = "\n".join(match["text"] for match in found)
     written = [
         line
         for language, text in re.findall(r"^```(python|diff)\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)
