@@ -55,7 +55,8 @@ from .statistics.ems import EMS, load_ems, save_ems
 from .statistics.merging import merge_statistics
 from .statistics.teacher_statistics import StatisticsHeader, TeacherStatistics
 from .students.consistency_models import ConsistencyModel, ConsistencyTrajectoryModel
-from .students.presets import PAPER_EXPERIMENTS, PRESETS, PaperExperiment, Preset, paper_experiment, preset
+from .students.paper_experiments import PAPER_EXPERIMENTS, PaperExperiment, paper_experiment
+from .students.presets import PRESETS, Preset, preset
 from .students.weights import exponential_moving_average, initialize_from_teacher
 from .teachers.denoiser import Denoiser
 from .teachers.diffusers_models import denoiser_from_diffusers

@@ -225,20 +225,6 @@ class GoldenEDMNetwork(nn.Module):
         return golden_network(x, 1000 * noise_labels)
 
 
-class ConditionalSongUNet(SongUNet):
-    """As training/networks.py with classes: a raw network that needs labels."""
-
-    def __init__(self, label_dim: int) -> None:
-        super().__init__()
-        self.map_label = nn.Linear(label_dim, 3)
-
-    def forward(
-        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
-    ) -> Tensor:
-        assert class_labels is not None
-        return super().forward(x, noise_labels, None, augment_labels) + self.map_label(class_labels)[:, :, None, None]
-
-
 def edm_training_loop(ddp, ema, teacher, loss_fn, augment_pipe, images, labels, loss_scaling, batch_gpu_total):  # type: ignore[no-untyped-def]
     """As training/training_loop.py: the lines of the loss."""
     loss = loss_fn(net=ddp, images=images, labels=labels, augment_pipe=augment_pipe)
@@ -252,8 +238,7 @@ def test_edm(label_dim: int) -> None:
     pixels = ((images() + 1) * 127.5).to(torch.uint8).numpy()
     classes = np.arange(len(pixels)) % max(label_dim, 1)
     one_hot = (classes[:, None] == np.arange(label_dim)).astype(np.float32)  # (N, 0) without classes, as the data set's
-    net = EDMPrecond(ConditionalSongUNet(label_dim) if label_dim else SongUNet()).eval().requires_grad_(False)
-    net.label_dim = label_dim
+    net = EDMPrecond(SongUNet(label_dim=label_dim), label_dim=label_dim).eval().requires_grad_(False)
     namespace: Namespace = {"net": net, "dataset": list(zip(pixels, one_hot, strict=True))}
     run_page("edm.md", namespace, edm_training_loop)
 
