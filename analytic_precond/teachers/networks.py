@@ -224,7 +224,9 @@ class _EDMDenoiser(NetworkDenoiser):
                 "expected no class_labels, as the network is unconditional (label_dim = 0) and would ignore them, got "
                 "some: drop them, or load the conditional network."
             )
-        with _answers_as_asked(self.network) if torch.is_autocast_enabled(z.device.type) else nullcontext():
+        kind = z.device.type
+        half = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with _answers_as_asked(self.network) if half else nullcontext():
             return super()._call_network(z, c_noise, condition)
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
