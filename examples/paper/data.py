@@ -72,13 +72,13 @@ class ImageArchive(Dataset):
         return len(self.names)
 
     def pixels(self, index: int) -> np.ndarray:
-        """Return an image, checked. Shape ``(height, width, 3)``, uint8."""
+        """Return an image, checked. Shape ``(height, width, 3)``, uint8; a ValueError, which estimates pass on."""
         try:
             pixels = np.asarray(Image.open(io.BytesIO(self.archive.read(self.names[index]))).convert("RGB"))
         except (OSError, UnidentifiedImageError, zipfile.BadZipFile) as error:
-            raise SystemExit(f"--data: image {self.names[index]} of {self.path} cannot be read: {error}") from error
+            raise ValueError(f"--data: image {self.names[index]} of {self.path} cannot be read: {error}") from error
         if pixels.shape[:2] != (self.resolution, self.resolution):
-            raise SystemExit(
+            raise ValueError(
                 f"--data: expected images of {self.resolution} pixels, the teacher's, got {self.names[index]} with "
                 f"{pixels.shape[1]}x{pixels.shape[0]}: make the zip file with dataset_tool.py "
                 f"--resolution={self.resolution}x{self.resolution}"

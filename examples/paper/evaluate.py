@@ -117,6 +117,8 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> None:
             )
         if args.no_images and args.inception is None:
             raise SystemExit("--no-images needs --reference and --inception: there would be nothing left")
+        if args.inception and args.num_samples < 2:
+            raise SystemExit("--num-samples must be at least 2 for an FID, got 1: a covariance needs two")
         paths = chosen(args.run, args.snapshots)
         reference = load_reference(args.reference) if args.reference else None
         inception = load_inception(args.inception, processes.device) if args.inception else None

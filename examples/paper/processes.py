@@ -61,7 +61,9 @@ class Processes:
         except (Exception, SystemExit) as error:
             if not isinstance(error, CLEAR):
                 traceback.print_exc()
-            own = str(error) if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+            own = str(error)
+            if not isinstance(error, SystemExit) and not own.startswith("--"):  # where it is an option's fault
+                own = f"{type(error).__name__}: {own}"
         problems = [(rank, text) for rank, text in enumerate(self.gather(own)) if text is not None]
         if problems:
             rank, text = problems[0]
