@@ -1,7 +1,7 @@
 r"""Samples of a run's student in a few steps, as EDM's folders of PNGs, and their FID.
 
     torchrun --nproc-per-node 4 examples/paper/evaluate.py --folder runs/u --steps 1 2 3 5 10 \
-        --reference cifar10-32x32.npz --inception pt_inception-2015-12-05-6726825d.pth
+        --reference cifar10-32x32.npz --inception weights-inception-2015-12-05-6726825d.pth
 
 Seed i gives the same image, and the same class, for any number of processes, and in any batch.
 """
