@@ -20,7 +20,7 @@ def load_inception(weights: Path, device: torch.device) -> nn.Module:
     """Return torch-fidelity's Inception-v3, a port of the network that FIDs are defined by, from a file."""
     if not weights.is_file():
         raise SystemExit(
-            f"--inception: expected torch-fidelity's weights, weights-inception-2015-12-05-6726825d.pth, no file {weights}"
+            f"--inception: expected weights-inception-2015-12-05-6726825d.pth of torch-fidelity, no file {weights}"
         )
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

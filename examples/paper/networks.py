@@ -46,6 +46,7 @@ def load_teacher(path: Path, experiment: ap.PaperExperiment) -> nn.Module:
         raise SystemExit(
             f"--teacher: {experiment.name} needs {wanted} network, got {got} one ({net.label_dim} classes)"
         )
+    net.use_fp16 = False  # the precision is autocast's to say, which the statistics are estimated without
     return net.eval().requires_grad_(False).float()
 
 

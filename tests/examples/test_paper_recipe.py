@@ -264,7 +264,7 @@ def test_evaluation_refuses_what_it_cannot_do(tmp_path: Path, here: Any) -> None
     with pytest.raises(SystemExit, match="--reference: expected an npz file with mu and sigma"):
         here(evaluate_command(tmp_path / "run", *files))
     np.savez(tmp_path / "ref.npz", mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(SystemExit, match=r"--inception: expected torch-fidelity's weights.*no file"):
+    with pytest.raises(SystemExit, match=r"--inception: expected weights-inception.*no file"):
         here(evaluate_command(tmp_path / "run", *files))
     (tmp_path / "inception.pth").touch()
     with pytest.raises(SystemExit, match=r"needs torch-fidelity.*analytic-precond\[fid\]"):

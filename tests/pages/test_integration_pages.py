@@ -248,7 +248,7 @@ def test_edm(label_dim: int) -> None:
     loss = namespace["edm_training_loop"](student, ema, namespace["teacher"], None, None, batch, labels, 1.0, 4)
     assert loss.shape == (4,)
     condition = {"class_labels": labels if label_dim else None}
-    assert ap.sample_deterministic(ema, 80.0 * batch, [80.0, 2.0, 0.002], **condition).shape == batch.shape
+    assert ap.sample_deterministic(ema, 80.0 * batch, ap.karras_noise_levels(3), **condition).shape == batch.shape
     gradients = {name: p.grad for name, p in student.named_parameters()}
     assert gradients["network.network.map_augment.3.weight"].abs().max() > 0  # the target time is learned
     assert gradients["network.network.enter.weight"].abs().max() > 0
