@@ -120,6 +120,13 @@ def test_edms_denoiser_under_autocast_is_its_model_with_edms_scalings(conditiona
     assert not model._forward_hooks
 
 
+def test_edms_denoiser_on_a_device_without_autocast() -> None:
+    with torch.device("meta"):
+        net, x, t = EDMPrecond(SongUNet()), torch.zeros(2, 3, 8, 8), torch.ones(2)
+    with torch.autocast("cpu", torch.bfloat16):  # which is not meta's
+        assert ap.denoiser_from_edm(net.eval())(x, t).dtype == torch.float32
+
+
 @pytest.mark.parametrize("options", [{"l_method": "hutchinson"}, {"s_method": "finite-difference"}])
 def test_differences_under_autocast_stay_near(options: dict[str, str]) -> None:
     full = estimate(from_parts(Network()), **options)
