@@ -49,6 +49,11 @@ class PaperExperiment:
         days: How long it took.
         sources: Where the settings are from: ``"paper"``, ``"sony/ctm"`` (its code), or ``"teacher"`` (EDM's command
             line for the published one). Also of the two methods, by name.
+
+    Examples:
+        >>> experiment = paper_experiment("cifar10_unconditional")
+        >>> experiment.batch_size, experiment.sources["batch_size"], experiment.sources["optimizer"]
+        (256, 'paper', 'sony/ctm')
     """
 
     name: str
@@ -94,6 +99,13 @@ class PaperExperiment:
 
         Returns:
             Decreasing noise levels for `sample_deterministic`. Shape ``(steps + 1,)``.
+
+        Raises:
+            ValueError: If ``steps`` is below 1.
+
+        Examples:
+            >>> paper_experiment("ffhq64").sampling_levels(2)
+            tensor([8.0000e+01, 2.5152e+00, 2.0000e-03], dtype=torch.float64)
         """
         check_count(steps, 1, "steps")
         return karras_noise_levels(steps + 1)
@@ -110,6 +122,14 @@ class PaperExperiment:
 
         Returns:
             Noise levels. Shape ``(B,)``.
+
+        Raises:
+            ValueError: If ``batch`` is below 1.
+
+        Examples:
+            >>> t = paper_experiment("ffhq64").sample_denoising_levels(8, torch.Generator().manual_seed(0))
+            >>> t.shape, bool(t[4:].min() > 0.318)
+            (torch.Size([8]), True)
         """
         check_count(batch, 1, "batch", "Pass len(x).")
         levels = [] if batch == 1 else [sample_lognormal_noise_levels(batch // 2, generator=generator)]

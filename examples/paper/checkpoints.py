@@ -69,7 +69,7 @@ class RunFolder:
                 raise SystemExit(
                     f"--output: {self.path} is of a run with other settings ({other}): choose another folder"
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise SystemExit(f"--output: {self.path} holds other files: choose a new folder")
         self.path.mkdir(parents=True, exist_ok=True)
         save_text(kept, json.dumps(self.settings, indent=2) + "\n")

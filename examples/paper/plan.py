@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 import torch
+from iteration import Training
 from networks import make_student
 from processes import Processes
 from settings import Settings
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from training import Training
 
 import analytic_precond as ap
 

@@ -18,12 +18,12 @@ import preconditionings
 import torch
 from checkpoints import RunFolder
 from data import Batches, ImageArchive
+from iteration import LOGGED, OPTIMIZERS, Distance, Training
 from networks import WARNING, load_teacher, make_student
 from plan import print_plan
 from processes import Processes
 from settings import PRECISIONS, Settings, experiment_of, fingerprint, positive, share_of_batch
 from tqdm import tqdm
-from training import LOGGED, OPTIMIZERS, Distance, Training
 
 import analytic_precond as ap
 

@@ -32,6 +32,7 @@ from paper_runs import (
 )
 from PIL import Image
 from scipy.linalg import sqrtm
+from torch.distributed.run import get_args_parser
 
 pytestmark = pytest.mark.long
 
@@ -223,9 +224,12 @@ def test_torchrun_starts_it_as_the_readme_says(tmp_path: Path) -> None:
     variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    command[command.index(str(RECIPE / "train.py")) :] = evaluate_command(
-        tmp_path / "run", "--steps", 2, "--num-samples", 4
-    )
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "run").glob("samples-000000004/steps-02/*/*.png"))) == 4
+    assert checkpoint_of(tmp_path / "run")["iteration"] == 4
+
+
+def test_torchrun_keeps_no_option_of_the_evaluation_for_itself() -> None:
+    """As it does with --run, an abbreviation of its own --run-path."""
+    options = ["--steps", 2, "--snapshots", "all", "--num-samples", 4, "--batch-gpu", 2, "--no-images"]
+    own = evaluate_command(Path("runs/u"), *options, "--teacher", "t", "--reference", "r", "--inception", "i")
+    read = get_args_parser().parse_args(["--nproc-per-node", "4", *own])
+    assert [read.training_script, *read.training_script_args] == own

@@ -164,7 +164,7 @@ def test_processes_and_passes_take_the_mean_of_their_gradients(tmp_path: Path, l
     )  # fmt: skip
     moved = checkpoint_of(tmp_path / "run")["student"]
 
-    settings, training = load("settings"), load("training")
+    settings, training = load("settings"), load("iteration")
     experiment = settings.experiment_of("cifar10_unconditional", [*TINY, *changes])
     own = settings.Settings(experiment, "ctm", "fp32", 0, tmp_path, None)
     net = load("networks").load_teacher(tmp_path / "cifar10_unconditional.pkl", experiment)

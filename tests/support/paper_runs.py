@@ -68,7 +68,8 @@ class Running(NamedTuple):
 def context() -> Any:
     """Processes that need not import torch: a server of their own has, and forks."""
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "numpy", "PIL.Image", "analytic_precond", "tqdm", "torch.distributed"])
+    slow = ["torch._dynamo", "torch.distributed.fsdp", "scipy.interpolate", "matplotlib.figure"]  # imported where used
+    server.set_forkserver_preload(["torch", "numpy", "PIL.Image", "analytic_precond", "tqdm", *slow])
     return server
 
 
