@@ -143,7 +143,7 @@ def test_every_scheduler_is_understood_or_refused(name: str, prediction_type: st
         torch.testing.assert_close(denoiser(x, t), expected(x, t), rtol=1e-12, atol=1e-12)
         return
     for k in (
-        (9,) if not hasattr(theirs, "alphas_cumprod") else (2, 6, 8)
+        (9,) if not hasattr(theirs, "alphas_cumprod") else (2, 8)
     ):  # even: others are midpoints of second-order methods
         try:
             x, t, clean, time = own_estimate(theirs, k)
