@@ -61,7 +61,8 @@ from .statistics.teacher_statistics import StatisticsHeader, TeacherStatistics
 from .students.averaging import exponential_moving_average
 from .students.consistency_models import ConsistencyModel, ConsistencyTrajectoryModel
 from .students.initialization import initialize_from_teacher
-from .students.presets import PAPER_EXPERIMENTS, PRESETS, PaperExperiment, Preset, paper_experiment, preset
+from .students.paper_experiments import PAPER_EXPERIMENTS, PaperExperiment, paper_experiment
+from .students.presets import PRESETS, Preset, preset
 from .teachers.denoiser import Denoiser
 from .teachers.diffusers_models import denoiser_from_diffusers
 from .teachers.exact import EmpiricalDenoiser, GaussianDenoiser, GaussianMixtureDenoiser

@@ -6,6 +6,7 @@ was interrupted goes on when started again, on the CPU bit for bit.
 
 import argparse
 import copy
+import os
 import pickle
 import signal
 import zipfile
@@ -24,6 +25,7 @@ from tqdm import tqdm
 import analytic_precond as ap
 
 STEPS = (1, 2, 4)  # that samples are made in
+RECIPE = "examples/paper/train.py"  # for several processes, classes, half precision, LPIPS
 
 
 def load_images(path: Path) -> Tensor:
@@ -53,29 +55,37 @@ class TargetTime(nn.Module):
         return self.network(x, c_noise, None, augment_labels=c_target)
 
 
-def load_teacher(path: Path | None, data: Tensor, output: Path) -> tuple[ap.Denoiser, nn.Module, float]:
-    """Return the teacher, a two-time network that starts as its copy, and the data's standard deviation."""
-    if path is None or path.suffix == ".safetensors":
-        torch.set_num_threads(1)  # so small a network gains little from more, and loses much where the machine is busy
-        path = path or output / "teacher.safetensors"
-        if not path.exists():
-            save({**train_teacher(data, data.std().item()).network.state_dict(), "sigma_data": data.std()}, path)
-        weights = safetensors.torch.load_file(path)
-        teacher = NetworkTeacher(UNet(), weights.pop("sigma_data").item())
-        teacher.network.load_state_dict(weights)
-        network, sigma_data = UNet(two_times=True), teacher.edm.sigma_data
-        ap.initialize_from_teacher(network, teacher.network, zero=["embed_target.2"])
-        return teacher.eval().requires_grad_(False), network, sigma_data
+Teacher = tuple[ap.Denoiser, nn.Module, float]  # with a two-time network that starts as its copy, and sigma_data
+
+
+def load_edm(path: Path) -> Teacher:
+    """Return the teacher of EDM's pickle."""
     print(f"WARNING: {path} is a pickle, and loading it runs the code in it. Go on only with files that you trust.")
     try:
         net = pickle.loads(path.read_bytes())["ema"].eval().requires_grad_(False).float()
     except ModuleNotFoundError as error:
         raise SystemExit(f"--teacher: {error}: EDM's files need its code, NVlabs/edm on PYTHONPATH") from error
     if getattr(net, "label_dim", 0):
-        raise SystemExit(f"--teacher: expected an unconditional network, got one with {net.label_dim} classes")
+        raise SystemExit(
+            f"--teacher: expected an unconditional network, got one with {net.label_dim} classes: {RECIPE} takes those"
+        )
     network = TargetTime(copy.deepcopy(net.model))
     ap.initialize_from_teacher(network.network, net.model, zero=["map_augment.3"])
     return ap.denoiser_from_edm(net), network.requires_grad_(True), float(net.sigma_data)
+
+
+def load_teacher(path: Path | None, data: Tensor, output: Path) -> Teacher:
+    """Return the teacher of an example's file; where there is none, one that is trained on the data."""
+    torch.set_num_threads(1)  # so small a network gains little from more, and loses much where the machine is busy
+    path = path or output / "teacher.safetensors"
+    if not path.exists():
+        save({**train_teacher(data, data.std().item()).network.state_dict(), "sigma_data": data.std()}, path)
+    weights = safetensors.torch.load_file(path)
+    teacher = NetworkTeacher(UNet(), weights.pop("sigma_data").item())
+    teacher.network.load_state_dict(weights)
+    network = UNet(two_times=True)
+    ap.initialize_from_teacher(network, teacher.network, zero=["embed_target.2"])
+    return teacher.eval().requires_grad_(False), network, teacher.edm.sigma_data
 
 
 def save(state: dict[str, Any], path: Path) -> None:
@@ -119,6 +129,8 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=50, help="iterations between checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     args = parser.parse_args()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit(f"this example runs in one process, without torchrun: {RECIPE} takes several")
     for name, path in ("teacher", args.teacher), ("data", args.data):
         if path and not path.exists():
             raise SystemExit(f"--{name}: no file or folder {path}")
@@ -132,8 +144,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, interrupted)
 
     # the teacher, its statistics, the student
+    checked = load_edm(args.teacher) if args.teacher and args.teacher.suffix != ".safetensors" else None
     data = load_images(args.data) if args.data else load_patches()
-    teacher, network, sigma_data = load_teacher(args.teacher, data, args.output)
+    teacher, network, sigma_data = checked or load_teacher(args.teacher, data, args.output)
+    if (size := getattr(getattr(teacher, "network", None), "img_resolution", data.shape[-1])) != data.shape[-1]:
+        raise SystemExit(f"--data: expected images of {size} pixels, the teacher's, got {data.shape[-1]}: resize them")
     teacher = teacher.to(args.device)
     if not (statistics := args.output / "statistics.safetensors").exists():
         ap.estimate_statistics(teacher, data, num_samples=args.num_samples, description="teacher").save(statistics)
@@ -148,7 +163,7 @@ def main() -> None:
     levels = ap.karras_noise_levels(args.num_levels)
     start = 80.0 * ap.draw_noise((64, *data.shape[1:]), torch.Generator().manual_seed(1), device=args.device)
     ends = ap.solve_ode(teacher, start, ap.karras_noise_levels(40))
-    paths = {n: torch.linspace(0, args.num_levels - 1, n + 1).round().long().unique() for n in STEPS}
+    paths = {n: ap.karras_noise_levels(n + 1) for n in STEPS}  # as sony/ctm samples: two steps go by 2.515
 
     # a checkpoint holds all that the next iteration depends on
     generator, first, history = torch.Generator().manual_seed(0), 0, []
@@ -171,7 +186,7 @@ def main() -> None:
         due = iteration % args.save_every == 0 or iteration == args.iterations
         if due and (not history or history[-1][0] < iteration):
             model = average.module.eval()
-            rows = {f"steps: {n}": ap.sample_deterministic(model, start, levels[path]) for n, path in paths.items()}
+            rows = {f"steps: {n}": ap.sample_deterministic(model, start, path) for n, path in paths.items()}
             model.train()
             history.append([iteration, *((images - ends).square().mean().sqrt().item() for images in rows.values())])
             bar.set_postfix({name: f"{value:.4f}" for name, value in zip(rows, history[-1][1:], strict=True)})

@@ -66,7 +66,7 @@ def ict_num_levels(step: int, total_steps: int, first: int = 10, last: int = 128
     r"""Return the size of the grid at a training step: it doubles at equal spans (Song and Dhariwal 2023, section 3.4).
 
     $$N(k) = \min\big(s_0 2^{\lfloor k / K' \rfloor}, s_1\big) + 1, \qquad
-      K' = \Big\lfloor \frac{K}{\log_2 \lfloor s_1 / s_0 \rfloor + 1} \Big\rfloor$$
+      K' = \left\lfloor \frac{K}{\log_2 \lfloor s_1 / s_0 \rfloor + 1} \right\rfloor$$
 
     Args:
         step: The step k, from 0.

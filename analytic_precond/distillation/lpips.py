@@ -12,6 +12,7 @@ $$d(x, y) = \sum_k \underset{positions}{\mathrm{mean}}\ \sum_c w_{k,c}\, (f_{k,c
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,7 +146,8 @@ class LPIPSDistance(nn.Module):
         dtype = next(self.network.parameters()).dtype
         limit = _FAR if x.requires_grad or y.requires_grad else _LIMIT
         valid = self._in_range(x, y, limit) if self.check_range else None
-        with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             x, y = x.to(dtype), y.to(dtype)
             if self.chunk is None:
                 distances = self._distance(x, y)

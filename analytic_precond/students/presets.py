@@ -1,4 +1,4 @@
-r"""Presets: what published training codes do, as data, and the paper's own experiments.
+r"""Presets: what published training codes do, as data.
 
 A `Preset` names one code's jump, what its network is told of a noise level, and its grids in their own dtype, rounding
 included: in float32 they end at 79.99998474 and 0.0019999996, not at 80 and 0.002, and no value is clamped. Bit for
@@ -78,57 +78,10 @@ class Preset:
     ln_t_normal: tuple[float, float] | None
 
 
-@dataclass(frozen=True)
-class PaperExperiment:
-    """One experiment of the paper, as far as its abstract and published summaries state it.
-
-    The paper's full text was not at hand: where it differs, it is right. What the summaries leave open is not here.
-
-    Attributes:
-        name: The key in ``PAPER_EXPERIMENTS``.
-        dataset: The images, of this ``resolution``.
-        resolution: Height and width.
-        class_conditional: Whether networks are given labels. For ImageNet inferred from EDM's published teacher.
-        teacher: Where the teacher comes from.
-        num_levels: Size N of the training grid.
-        ode_solver: What takes the teacher's steps.
-        max_ode_steps: Largest number of its steps in one jump.
-        learning_rate: The optimiser's.
-        target_ema: Decay of the student's average behind the stop-gradient, in the training target.
-        ema: Decay of the average that is evaluated.
-        batch_size: Images per iteration.
-        iterations: Iterations of training.
-        distance: What compares two images.
-        network_dtype: The network's precision.
-    """
-
-    name: str
-    dataset: str
-    resolution: int
-    class_conditional: bool
-    num_levels: int
-    max_ode_steps: int
-    batch_size: int
-    iterations: int
-    teacher: str = "EDM (Karras et al. 2022)"
-    ode_solver: str = "heun"
-    learning_rate: float = 4e-4
-    target_ema: float = 0.999
-    ema: float = 0.999
-    distance: str = "lpips"
-    network_dtype: torch.dtype = torch.float16
-
-
 def preset(name: str) -> Preset:
     """Return the preset of that name; another name raises ValueError with the known ones."""
     check_choice(name, PRESETS, "name")
     return PRESETS[name]
-
-
-def paper_experiment(name: str) -> PaperExperiment:
-    """Return the paper's experiment of that name; another name raises ValueError with the known ones."""
-    check_choice(name, PAPER_EXPERIMENTS, "name")
-    return PAPER_EXPERIMENTS[name]
 
 
 def _karras(ramp: Tensor) -> Tensor:
@@ -242,14 +195,3 @@ r"""The presets by name.
 - ``ect``: trains EDM's denoiser (no shift: ``denoise``), samples with a shift of 0.003, from 80 and once more from
   0.821, to which it returns by adding t times noise. Its second training level follows from t and the stage.
 """
-
-# name, dataset, resolution, class_conditional, num_levels, max_ode_steps, batch_size, iterations
-_EXPERIMENTS = (
-    PaperExperiment("cifar10_unconditional", "CIFAR-10", 32, False, 18, 17, 256, 200_000),
-    PaperExperiment("cifar10_conditional", "CIFAR-10", 32, True, 18, 17, 512, 150_000),
-    PaperExperiment("ffhq64", "FFHQ", 64, False, 18, 17, 256, 150_000),
-    PaperExperiment("imagenet64", "ImageNet", 64, True, 40, 20, 2048, 60_000),
-)
-
-PAPER_EXPERIMENTS: Mapping[str, PaperExperiment] = MappingProxyType({e.name: e for e in _EXPERIMENTS})
-"""The paper's experiments by name."""

@@ -6,11 +6,12 @@ with four functions of the noise level, which follow from what it predicts under
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import check_tensor
 from .._conditions import expanded, on_device, plain
@@ -199,8 +200,9 @@ def denoiser_from_edm(
 ) -> NetworkDenoiser:
     """Make a denoiser of an EDM-style network, which is one already: ``network(x, sigma, class_labels=...)``.
 
-    Such networks hold their own preconditioning and cast down inside; they are called in float32 or wider, their
-    output comes back in ``x``'s dtype, and labels for an unconditional one (``label_dim`` 0) are an error.
+    Such networks hold their own preconditioning and cast down inside; they are called in float32 or wider, also under
+    autocast, their output comes back in ``x``'s dtype, and labels for an unconditional one (``label_dim`` 0) are an
+    error.
 
     Args:
         network: The network, in eval mode.
@@ -233,8 +235,30 @@ class _EDMDenoiser(NetworkDenoiser):
                 "expected no class_labels, as the network is unconditional (label_dim = 0) and would ignore them, got "
                 "some: drop them, or load the conditional network."
             )
-        return super()._call_network(z, c_noise, condition)
+        kind = z.device.type
+        half = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with _answers_as_asked(self.network) if half else nullcontext():
+            return super()._call_network(z, c_noise, condition)
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
         own = super()._network_dtype(default)
         return own if self.dtype is not None else torch.promote_types(own, torch.float32)
+
+
+@contextmanager
+def _answers_as_asked(network: object) -> Iterator[None]:
+    """Return the output of the model inside EDM's networks to its input's dtype: they insist on it, autocast does not.
+
+    They widen it themselves as their next step, so that nothing is lost.
+    """
+    inner = (model for module in modules_of(network) if isinstance(model := getattr(module, "model", None), nn.Module))
+    handles = [model.register_forward_hook(_as_asked) for model in inner]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _as_asked(_: nn.Module, asked: tuple[Any, ...], answer: Any) -> Any:
+    return answer.to(asked[0].dtype) if isinstance(answer, Tensor) else answer

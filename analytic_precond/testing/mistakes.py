@@ -115,6 +115,12 @@ class _Network:
     def __call__(self, z: Tensor, times: Tensor) -> Tensor:
         times = times.expand(z.shape[:1])
         t = self.schedule.noise_level(times)
-        alpha, *coefficients = (self.schedule.alpha(times), *PredictionScalings(self.prediction, self.schedule)(t)[:2])
+        known = ~self.schedule.time(t).isnan()  # a wrong time may be none at all
+        alpha = torch.where(known, self.schedule.alpha(times), torch.nan)
+        coefficients = PredictionScalings(self.prediction, self.schedule)(torch.where(known, t, self._some_level()))[:2]
         alpha, c_skip, c_out = (expand_to(c, z).to(z.dtype) for c in (alpha, *coefficients))
         return (self.exact(z / alpha, t.to(z.dtype)) - c_skip * (z / alpha)) / c_out
+
+    def _some_level(self) -> float:
+        low, high = self.schedule.noise_range or (0.0, torch.inf)
+        return min(max(low, 1.0), high)

@@ -207,6 +207,8 @@ class TestPrecision:
     def test_follows_its_device(self, distance: LPIPSDistance) -> None:
         moved = copy.deepcopy(distance).to("meta", torch.bfloat16)
         assert {(v.device.type, v.dtype) for v in moved.state_dict().values()} == {("meta", torch.float32)}
+        images = torch.zeros(2, 3, 32, 32, device="meta")  # which has no autocast
+        assert moved(images, images).shape == (2,)
 
 
 class TestGradients:

@@ -142,6 +142,43 @@ def test_files_that_do_not_exist_are_named_in_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_it_refuses_several_processes_with_a_pointer_to_the_recipe(
+    distill: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--output", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=r"runs in one process.*examples/paper/train\.py takes several"):
+        distill.main()
+    assert not (tmp_path / "run").exists()
+    assert (ROOT / distill.RECIPE).is_file()
+
+
+def test_the_teacher_is_checked_before_any_data_are_read(
+    distill: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(path: Path) -> torch.Tensor:
+        raise AssertionError("no data may be read")
+
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # main would keep Ctrl-C for itself
+    conditional = tmp_path / "conditional.pkl"
+    conditional.write_bytes(pickle.dumps({"ema": EDMPrecond(SongUNet(label_dim=5), label_dim=5)}))
+    options = ["--data", str(folder / "images.zip"), "--output", str(tmp_path / "run"), "--teacher"]
+    with monkeypatch.context() as patched, torch.random.fork_rng(devices=[]):
+        patched.setattr(distill, "load_images", read)
+        patched.setattr(sys, "argv", ["distill.py", *options, str(conditional)])
+        with pytest.raises(SystemExit, match=r"got one with 5 classes: examples/paper/train\.py takes those"):
+            distill.main()
+
+    large = tmp_path / "large.pkl"
+    large.write_bytes(pickle.dumps({"ema": EDMPrecond(SongUNet(), img_resolution=32)}))
+    monkeypatch.setattr(sys, "argv", ["distill.py", *options, str(large)])
+    with (
+        torch.random.fork_rng(devices=[]),
+        pytest.raises(SystemExit, match="images of 32 pixels, the teacher's, got 8"),
+    ):
+        distill.main()
+
+
 def test_help_explains_every_option_and_its_default(
     distill: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,13 +100,42 @@ def test_code_of_the_page_on_scale_runs(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     images = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
     teacher = ap.GaussianDenoiser(1.0)
-    namespace = {"teacher": teacher, "images": images, "network": teacher, "Path": Path, "os": os}
+    namespace = {"teacher": teacher, "images": images, "network": teacher, "Path": Path, "os": os, **training_step()}
     try:
         run_page("scale.md", namespace, **{r"teacher, images = \.\.\.": ""})
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     assert Path("teacher.safetensors").is_file()
+
+
+class TwoTimes(torch.nn.Module):
+    """A network that looks at no time."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor, c_t: torch.Tensor, c_s: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
+def training_step() -> dict[str, Any]:
+    """Return what docs/distillation.md has made where the page on scale goes on."""
+    layer = torch.nn.Linear(4, 4)
+    student = ap.ConsistencyTrajectoryModel(TwoTimes(layer), ap.CTMPreconditioning())
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "student": student,
+        "average": ap.exponential_moving_average(student, 0.999),
+        "last_layer": layer.weight,
+        "optimizer": torch.optim.RAdam(layer.parameters()),
+        "x_0": torch.randn(8, 4, generator=generator),
+        "noise": torch.randn(8, 4, generator=generator),
+        "t": torch.full((8,), 0.5),
+        "times": ap.sample_jump_times(8, ap.karras_noise_levels(6), generator=generator),
+        "lpips": ap.squared_error,
+    }
 
 
 def test_blocks_are_code_that_runs_or_marked_as_what_does_not() -> None:

@@ -123,7 +123,9 @@ def page() -> Namespace:
     latents = DATA_STD * torch.randn(128, 4, 4, 4)
     labels = torch.arange(128) % 10
     namespace: Namespace = {
+        "SiT": SiT,
         "sit": SiT().eval().requires_grad_(False),
+        "sit_config": {},
         "latents": latents,
         "labels": labels,
         "labelled_latents": torch.utils.data.TensorDataset(latents, labels),
@@ -184,9 +186,7 @@ def test_sit_paths(path: str, schedule: ap.Schedule) -> None:
 
 def test_flow_matching_schedule(page: Namespace) -> None:
     t = torch.logspace(-2, 1.9, 50, dtype=torch.float64)
-    torch.testing.assert_close(
-        page["scheduler_schedule"].time(t), ap.VPLinearSchedule(data_at=1).time(t), rtol=1e-9, atol=0
-    )
+    torch.testing.assert_close(page["path"].time(t), ap.VPLinearSchedule(data_at=1).time(t), rtol=1e-9, atol=0)
     assert page["flow_teacher"](torch.zeros(2, 3), torch.ones(2)).isfinite().all()
 
 

@@ -31,6 +31,12 @@ X, T, S = GOLDEN["x"], GOLDEN["t"], GOLDEN["s"]
 th = torch  # its name in OpenAI's and Sony's code
 
 
+@pytest.fixture
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough for a page to run."""
+    monkeypatch.setattr(ap, "estimate_statistics", functools.partial(ap.estimate_statistics, num_samples=256))
+
+
 def assert_last_block_objects(page: str, run: Callable[[], object]) -> None:
     """A mistake is found by the check at the page's end, not before."""
     with pytest.raises(AssertionError) as raised:
@@ -145,20 +151,6 @@ class GoldenEDMNetwork(nn.Module):
         return golden_network(x, 1000 * noise_labels)
 
 
-class ConditionalSongUNet(SongUNet):
-    """As training/networks.py with classes: a raw network that needs labels."""
-
-    def __init__(self, label_dim: int) -> None:
-        super().__init__()
-        self.map_label = nn.Linear(label_dim, 3)
-
-    def forward(
-        self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
-    ) -> Tensor:
-        assert class_labels is not None
-        return super().forward(x, noise_labels, None, augment_labels) + self.map_label(class_labels)[:, :, None, None]
-
-
 def edm_training_loop(ddp, ema, teacher, loss_fn, augment_pipe, images, labels, loss_scaling, batch_gpu_total):  # type: ignore[no-untyped-def]
     """As training/training_loop.py: the lines of the loss."""
     loss = loss_fn(net=ddp, images=images, labels=labels, augment_pipe=augment_pipe)
@@ -172,8 +164,7 @@ def test_edm(label_dim: int) -> None:
     pixels = ((images() + 1) * 127.5).to(torch.uint8).numpy()
     classes = np.arange(len(pixels)) % max(label_dim, 1)
     one_hot = (classes[:, None] == np.arange(label_dim)).astype(np.float32)  # (N, 0) without classes, as the data set's
-    net = EDMPrecond(ConditionalSongUNet(label_dim) if label_dim else SongUNet()).eval().requires_grad_(False)
-    net.label_dim = label_dim
+    net = EDMPrecond(SongUNet(label_dim=label_dim), label_dim=label_dim).eval().requires_grad_(False)
     namespace: Namespace = {"net": net, "dataset": list(zip(pixels, one_hot, strict=True))}
     run_page("edm.md", namespace, edm_training_loop)
 
@@ -183,7 +174,7 @@ def test_edm(label_dim: int) -> None:
     loss = namespace["edm_training_loop"](student, ema, namespace["teacher"], None, None, batch, labels, 1.0, 4)
     assert loss.shape == (4,)
     condition = {"class_labels": labels if label_dim else None}
-    assert ap.sample_deterministic(ema, 80.0 * batch, [80.0, 2.0, 0.002], **condition).shape == batch.shape
+    assert ap.sample_deterministic(ema, 80.0 * batch, ap.karras_noise_levels(3), **condition).shape == batch.shape
     gradients = {name: p.grad for name, p in student.named_parameters()}
     assert gradients["network.network.map_augment.3.weight"].abs().max() > 0  # the target time is learned
     assert gradients["network.network.enter.weight"].abs().max() > 0
@@ -804,12 +795,19 @@ def test_lcm() -> None:
         ("lcm.md", "The change", "LCM script, jump", 4),
         ("lcm.md", "Sampling", "Stable Diffusion 1 and 3, sampling", 3),
         ("diffusers.md", "A UNet as a student", "diffusers, UNet of two times", 4),
+        ("flow-codebases.md", "willisma/SiT", "SiT, teacher on a GVP or VP path", 2),
+        ("flow-codebases.md", "SiT, (one|two) times?", "SiT, one-time and two-time student", 1 + 14),
+        ("flow-codebases.md", "facebookresearch/flow_matching", "flow_matching, teacher", 2),
+        ("flow-codebases.md", "NVlabs/FastGen", "FastGen, teacher of any network", 9),
+        ("flow-codebases.md", "FastGen, two times", "FastGen, two-time student", 3),
+        ("flow-codebases.md", "NVlabs/rcm", "rCM, teacher, and jump in its angle", 11),
     ],
 )
 def test_lines_of_the_table_are_those_of_the_pages(page: str, heading: str, row: str, lines: int) -> None:
-    (section,) = re.findall(
-        rf"^## {heading}\n(.*?)(?=^## )", (PAGES / page).read_text(), flags=re.DOTALL | re.MULTILINE
+    found = re.finditer(
+        rf"^## {heading}\n(?P<text>.*?)(?=^## )", (PAGES / page).read_text(), flags=re.DOTALL | re.MULTILINE
     )
+    section = "\n".join(match["text"] for match in found)
     written = [
         line
         for language, text in re.findall(r"^```(python|diff)\n(.*?)^```$", section, flags=re.DOTALL | re.MULTILINE)

@@ -16,14 +16,8 @@ from torch import Tensor
 
 import analytic_precond as ap
 from analytic_precond.noise_levels.network_scalings import cm_c_noise
-from analytic_precond.students.presets import (
-    PAPER_EXPERIMENTS,
-    PRESETS,
-    PaperExperiment,
-    Preset,
-    paper_experiment,
-    preset,
-)
+from analytic_precond.students.paper_experiments import PAPER_EXPERIMENTS, PaperExperiment, paper_experiment
+from analytic_precond.students.presets import PRESETS, Preset, preset
 
 with np.load(GOLDEN_FILE) as golden:
     GOLDEN = {key: torch.from_numpy(golden[key]) for key in golden}
@@ -262,6 +256,38 @@ def test_paper_experiments() -> None:
     for e in experiments:
         assert (e.learning_rate, e.target_ema, e.ema) == (4e-4, 0.999, 0.999)
         assert (e.ode_solver, e.distance, e.network_dtype) == ("heun", "lpips", torch.float16)
+    assert [(e.gpus, e.days) for e in experiments] == [(4, 5.0), (8, 4.0), (8, 5.0), (32, 8.0)]
+
+
+def test_every_setting_of_an_experiment_says_where_it_is_from() -> None:
+    for e in PAPER_EXPERIMENTS.values():
+        assert set(e.sources) == {f.name for f in dataclasses.fields(e)} | {
+            "sampling_levels",
+            "sample_denoising_levels",
+        }
+        assert set(e.sources.values()) <= {"paper", "sony/ctm", "teacher"}
+        assert e.sources["learning_rate"] == "paper"
+        assert e.sources["optimizer"] == "sony/ctm"
+    assert paper_experiment("ffhq64").sources["dropout"] == "teacher"
+
+
+def test_sampling_levels_are_those_of_sony_ctms_exact_sampler() -> None:
+    e = paper_experiment("ffhq64")
+    assert e.sampling_levels(2)[1].item() == pytest.approx(((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7)  # 2.515
+    assert [len(e.sampling_levels(steps)) for steps in (1, 10)] == [2, 11]
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        e.sampling_levels(0)
+
+
+def test_denoising_levels_are_half_lognormal_half_large() -> None:
+    t = paper_experiment("imagenet64").sample_denoising_levels(40_000, torch.Generator().manual_seed(0))
+    ln_t, large = t[:20_000].log(), t[20_000:]
+    # standard errors 0.0085 and 0.006
+    assert ln_t.mean().item() == pytest.approx(-1.2, abs=0.03)
+    assert ln_t.std().item() == pytest.approx(1.2, abs=0.02)
+    ramp = (80 ** (1 / 7) - large ** (1 / 7)) / (80 ** (1 / 7) - 0.002 ** (1 / 7))  # sony/ctm: uniform on (0, 0.7)
+    torch.testing.assert_close(ramp.sort().values, torch.linspace(0, 0.7, 20_000), rtol=0, atol=0.01)
+    assert paper_experiment("imagenet64").sample_denoising_levels(1).shape == (1,)
 
 
 def test_lookup_and_freezing() -> None:
@@ -295,7 +321,7 @@ def test_lookup_and_freezing() -> None:
         (lambda: multistep_levels(CTM, -1), ValueError, "num must be at least 2, got -1"),
         (lambda: ECT.sampling_levels(0), ValueError, "num must be at least 1, got 0"),
         (lambda: ECT.sampling_levels(3), ValueError, r"num must be 1 or 2.*got 3: write your own"),
-        (lambda: PaperExperiment("mine"), TypeError, "missing 7 required"),  # type: ignore[call-arg]
+        (lambda: PaperExperiment("mine"), TypeError, "missing 10 required"),  # type: ignore[call-arg]
     ],
 )
 def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:

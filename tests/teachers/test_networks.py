@@ -11,7 +11,7 @@ import pytest
 import torch
 from foreign_networks import LEVELS, PATHS, Mixture, rand
 from scipy.integrate import solve_ivp
-from torch import Tensor
+from torch import Tensor, nn
 
 import analytic_precond as ap
 from analytic_precond.teachers.networks import denoiser_from_network
@@ -41,6 +41,35 @@ def test_derivatives_in_x_and_t(name: str) -> None:
         for denoiser in (denoiser_from_network(network, "epsilon", schedule), network.denoiser())
     ]
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        ap.VPLinearSchedule(data_at=1),
+        ap.FunctionSchedule(lambda u: u, lambda u: (1 - u**2).sqrt(), times=(1, 0)),
+        ap.VPDiscreteSchedule(torch.linspace(0.99, 0.01, 50), timesteps=torch.arange(0, 100, 2)),
+    ],
+    ids=["vp", "function", "table"],
+)
+def test_derivatives_of_a_schedule_compile_and_export(schedule: ap.Schedule) -> None:
+    class Network(nn.Linear):
+        def forward(self, x: Tensor, time: Tensor) -> Tensor:
+            return super().forward(x) * time.cos()[:, None]
+
+    student = ap.ConsistencyModel.from_denoiser(
+        denoiser_from_network(Network(3, 3), "velocity", schedule), ap.CTMPreconditioning(sigma_min=0.02)
+    )
+    inputs = (rand(4, 3).float(), torch.tensor([0.3, 1.0, 2.0, 4.0]))
+    weights, expected = [*student.parameters()], student(*inputs)
+    compiled = torch.compile(student, backend="aot_eager", fullgraph=True)(*inputs)
+    torch.testing.assert_close(compiled, expected)
+    for got, wanted in zip(*(torch.autograd.grad(y.sum(), weights) for y in (compiled, expected)), strict=True):
+        torch.testing.assert_close(got, wanted)
+    with torch.no_grad():
+        exported = torch.export.export(student.eval(), inputs).module()(*inputs)
+    torch.testing.assert_close(exported, expected)
 
 
 def test_statistics_of_an_adapted_teacher() -> None:

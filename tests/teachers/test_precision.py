@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from edm_stand_in import DhariwalUNet, EDMPrecond, SongUNet
 from torch import Tensor, nn
 
 import analytic_precond as ap
@@ -38,12 +39,14 @@ class EDMNetwork(nn.Module):
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.network, self.edm, self.dtype = Network().to(dtype), ap.EDMPreconditioning(0.5), dtype
+        self.model, self.edm, self.dtype = Network().to(dtype), ap.EDMPreconditioning(0.5), dtype
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
         *factors, c_noise = self.edm(sigma)
         c_skip, c_out, c_in = (ap.expand_to(c, x).float() for c in factors)
-        return c_skip * x + c_out * self.network((c_in * x).to(self.dtype), c_noise).float()
+        F_x = self.model((c_in * x).to(self.dtype), c_noise)
+        assert F_x.dtype == self.dtype  # as EDM's do
+        return c_skip * x + c_out * F_x.float()
 
 
 DATA = 0.5 * torch.randn(256, 16, generator=torch.Generator().manual_seed(1))
@@ -93,6 +96,35 @@ def test_so_does_an_edm_network_that_casts_inside(dtype: torch.dtype) -> None:
     full = estimate(from_edm(EDMNetwork()))
     assert_near(estimate(from_edm(EDMNetwork()), torch.autocast("cpu", dtype)), full, dtype)
     assert_near(estimate(from_edm(EDMNetwork(dtype))), full, dtype)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("conditional", [False, True])
+def test_edms_denoiser_under_autocast_is_its_model_with_edms_scalings(conditional: bool, dtype: torch.dtype) -> None:
+    """The network itself dies of its own assertion there; and is left as it was."""
+    labels = {"class_labels": torch.eye(5)[:2]} if conditional else {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = DhariwalUNet(label_dim=5) if conditional else SongUNet()
+        net = EDMPrecond(model, label_dim=5 if conditional else 0).eval().requires_grad_(False)
+        x, t = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 0.2])
+    raw = ap.NetworkDenoiser(lambda z, c_noise: model(z, c_noise, labels.get("class_labels")), ap.EDMPreconditioning())
+    denoiser = ap.denoiser_from_edm(net)
+    with torch.autocast("cpu", dtype):
+        with pytest.raises(AssertionError):
+            net(x, t, **labels)
+        half, expected = denoiser(x, t, **labels), raw(x, t)
+    torch.testing.assert_close(half, expected, rtol=0, atol=1e-6)  # scalings in float32 there, in float64 here
+    full = denoiser(x, t, **labels)
+    assert 0 < (half - full).norm() < 2.0**-5 * (full - x).norm()  # bf16 keeps 8 bits, and was used at all
+    assert not model._forward_hooks
+
+
+def test_edms_denoiser_on_a_device_without_autocast() -> None:
+    with torch.device("meta"):
+        net, x, t = EDMPrecond(SongUNet()), torch.zeros(2, 3, 8, 8), torch.ones(2)
+    with torch.autocast("cpu", torch.bfloat16):  # which is not meta's
+        assert ap.denoiser_from_edm(net.eval())(x, t).dtype == torch.float32
 
 
 @pytest.mark.parametrize("options", [{"l_method": "hutchinson"}, {"s_method": "finite-difference"}])
