@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._precision import place
+from .._precision import TableOnDevices
 from .schedules import Schedule, wide, with_slope
 
 Function = Callable[[Tensor], Tensor | float]
@@ -59,7 +59,7 @@ class FunctionSchedule(Schedule):
     _ends: tuple[float, float]  # noise levels
     _start: float  # ln t of the first node
     _stop: float
-    _nodes: Tensor  # times
+    _nodes: TableOnDevices  # times
 
     def __init__(
         self, alpha: Function, sigma: Function, times: tuple[float, float], network_time: Function | None = None
@@ -81,7 +81,7 @@ class FunctionSchedule(Schedule):
         self._set(_ends=(_level(low), _level(high)))
         start, stop = max(low, -_LOG_RANGE), min(high, _LOG_RANGE)
         log_levels = torch.linspace(start, stop, _NODES, dtype=torch.float64, device="cpu")
-        self._set(_start=start, _stop=stop, _nodes=self._bisected(log_levels))
+        self._set(_start=start, _stop=stop, _nodes=TableOnDevices(self._bisected(log_levels)))
         self._check_continuity(log_levels)
 
     def _set(self, **attributes: object) -> None:
@@ -108,8 +108,9 @@ class FunctionSchedule(Schedule):
         log_t = level.clamp(math.exp(self._start), math.exp(self._stop)).log()
         position = (log_t - self._start) * ((_NODES - 1) / (self._stop - self._start))
         i = position.detach().long().clamp(0, _NODES - 2)
-        nodes = place(self._nodes, level.device, torch.float64)
-        tau = nodes[i] + (position - i) * (nodes[i + 1] - nodes[i])
+        nodes = self._nodes.on(level.device)
+        before, after = nodes[torch.stack([i, i + 1])]  # never an index of one number, which the host would read
+        tau = before + (position - i) * (after - before)
         for _ in range(3):  # two would do, to the last digits and three derivatives, if nothing had a kink
             tau = self._improved(tau, log_t)
         at_data, at_noise = self.times
@@ -145,7 +146,7 @@ class FunctionSchedule(Schedule):
     def _check_continuity(self, log_levels: Tensor) -> None:
         """Refuse functions whose level at the times found is another, as far as rounding lets one tell."""
         readable = log_levels.abs() < 12  # 6e-6 to 160,000
-        times, wanted = self._nodes[readable], log_levels[readable]
+        times, wanted = self._nodes.table[readable], log_levels[readable]
         found = self._log_level(times)
         wrong = ~((found - wanted).abs() < 1e-3)
         if bool(wrong.any()):

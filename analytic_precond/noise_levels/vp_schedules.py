@@ -230,7 +230,7 @@ class VPDiscreteSchedule(_VariancePreserving):
         _, steps = self._tables(time)
         if not self.quantize:
             return self.time_scale * time.clamp(steps[0], steps[-1])
-        nearest: Tensor = self._on_devices[2].on(time.device)[_interval(time, (steps[1:] + steps[:-1]) / 2)]  # type: ignore[attr-defined]
+        nearest: Tensor = self._on_devices[2].on(time.device)[_interval(time, (steps[1:] + steps[:-1]) / 2)[None]][0]  # type: ignore[attr-defined]
         return nearest if self.time_scale == 1 else self.time_scale * nearest
 
     def _tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,10 @@ class VPDiscreteSchedule(_VariancePreserving):
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     """Return the piecewise linear function through (xs, ys), whose first and last interval go on."""
     i = _interval(x, xs[1:-1])
-    return ys[i] + (x - xs[i]) * ((ys[i + 1] - ys[i]) / (xs[i + 1] - xs[i]))
+    ends = torch.stack([i, i + 1])  # together, and so never an index of one number, which the host would read
+    (x_0, x_1), (y_0, y_1) = xs[ends], ys[ends]
+    y: Tensor = y_0 + (x - x_0) * ((y_1 - y_0) / (x_1 - x_0))
+    return y
 
 
 def _interval(x: Tensor, bounds: Tensor) -> Tensor:
