@@ -234,6 +234,26 @@ def test_a_training_step_can_be_captured(name: str) -> None:
         loss.backward()
 
 
+# kernels, which the host launches one by one: of a call, of a student around a network of one, and of a loss with 17
+# steps of a teacher of one; 72, 108 and 1013 before they were counted (CTM's: 21, 57 and 809)
+@pytest.mark.parametrize(("name", "call", "jump", "loss"), [("euler", 20, 45, 400), ("backward", 45, 70, 510)])
+def test_few_kernels_are_launched(name: str, call: int, jump: int, loss: int) -> None:
+    precond = moved(name)
+    student = ap.ConsistencyTrajectoryModel(lambda x, c_t, c_s: 0.5 * x, precond)
+    times = ap.sample_jump_times(BATCH, ap.karras_noise_levels(18), generator=seeded())
+    times = times._replace(t_index=0 * times.t_index, u_index=0 * times.u_index + 17)
+    counts = []
+    for work in (
+        lambda: precond(level(), level()),
+        lambda: student(batch(), level(), level()),
+        lambda: ap.trajectory_distillation_loss(lambda x, t: 0.5 * x, student, student, batch(), batch(), times),
+    ):
+        with another_device() as mode:
+            work()
+        counts.append(mode.launches)
+    assert all(counted <= allowed for counted, allowed in zip(counts, (call, jump, loss), strict=True)), counts
+
+
 def test_students_around_denoisers_can_be_captured() -> None:
     precond = copy.deepcopy(preconditionings()["backward"])
     denoiser = ap.denoiser_from_network(Network(1), "v", SCHEDULES["table"]).to(THERE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_level, check_tensor
+from .._checks import all_true, check_device, check_level, check_tensor
 from .._precision import place
 
 
@@ -64,6 +64,37 @@ def per_sample(level: Tensor | float, x: Tensor, name: str, *, zero: bool = Fals
             f"position {index}: noise levels are sigma, not indices."
         )
     return levels if isinstance(level, float) else torch.where(_valid(levels, zero), levels, torch.nan)
+
+
+def pair_of_levels(t: Tensor | float, s: Tensor | float, own: torch.device | None, owner: str) -> tuple[Tensor, Tensor]:
+    """Return two levels of one shape, in the wide dtype, where the owner's tables are; without any, where levels are.
+
+    Raises:
+        TypeError: If one is no noise level.
+        ValueError: If they do not broadcast, or one is on another device than the tables, and not on the CPU.
+    """
+    device = own
+    for level, name in ((t, "t"), (s, "s")):
+        if isinstance(level, Tensor):
+            check_level(level, name)
+            if level.device.type != "cpu":
+                check_device(level, own or level.device, name, owner)
+                device = device or level.device
+        elif not isinstance(level, float):
+            raise TypeError(
+                f"{name} must be a noise level (float or floating-point tensor), got {level!r} "
+                f"({type(level).__name__}): write 80.0, or look an index up in a grid."
+            )
+    if device is None:
+        given = any(isinstance(level, Tensor) for level in (t, s))
+        device = torch.device("cpu") if given else torch.get_default_device()
+    wide = [place(level, device, torch.float64) for level in (t, s)]
+    try:
+        here, there = torch.broadcast_tensors(*wide)
+    except RuntimeError as error:
+        shapes = " and ".join(str(tuple(level.shape)) for level in wide)
+        raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
+    return here, there
 
 
 def _valid(levels: Tensor, zero: bool) -> Tensor:

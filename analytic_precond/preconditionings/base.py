@@ -16,7 +16,7 @@ from torch import Tensor
 from .._checks import all_true, check_device, check_level, check_positive, check_tensor
 from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
-from ..noise_levels.per_sample import expand_to, one_per_sample
+from ..noise_levels.per_sample import expand_to, one_per_sample, pair_of_levels
 from ..noise_levels.schedules import Schedule
 from .scheduled import ScheduledPreconditioning
 
@@ -266,27 +266,7 @@ class Preconditioning(FixedPrecisionModule):
 
     def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the levels in that dtype and of one shape; t is NaN where they are not valid and nobody may look."""
-        own = device = self._device  # where there are no tables, the levels decide
-        for level, name in ((t, "t"), (s, "s")):
-            if isinstance(level, Tensor):
-                check_level(level, name)
-                if level.device.type != "cpu":
-                    check_device(level, own or level.device, name, "the preconditioning")
-                    device = device or level.device
-            elif not isinstance(level, float):
-                raise TypeError(
-                    f"{name} must be a noise level (float or floating-point tensor), got {level!r} "
-                    f"({type(level).__name__}): write 80.0, or look an index up in a grid."
-                )
-        if device is None:
-            given = any(isinstance(level, Tensor) for level in (t, s))
-            device = torch.device("cpu") if given else torch.get_default_device()
-        wide = [place(level, device, torch.float64) for level in (t, s)]
-        try:
-            here, there = torch.broadcast_tensors(*wide)
-        except RuntimeError as error:
-            shapes = " and ".join(str(tuple(level.shape)) for level in wide)
-            raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
+        here, there = pair_of_levels(t, s, self._device, "the preconditioning")
         # each comparison is a kernel: a smallest level above 0 leaves no t at 0, a largest one none at infinity
         valid = (there <= here * (1 + ROUNDING)) & (there >= self.sigma_min * (1 - ROUNDING))
         valid &= here <= self.sigma_max * (1 + ROUNDING) if self.sigma_max < math.inf else here < math.inf
