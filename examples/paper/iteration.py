@@ -55,7 +55,7 @@ class Training:
         self.wrapped = student
         if processes.size > 1:
             ids = [device] if device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(student, ids, gradient_as_bucket_view=True)
+            self.wrapped = DistributedDataParallel(student, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
         self.last_layer, self.levels = last_layer(student), ap.karras_noise_levels(experiment.num_levels)
 
     @property
