@@ -17,10 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import analytic_precond as ap
 
-pytestmark = [
-    pytest.mark.usefixtures("around"),
-    pytest.mark.parametrize("around", ["network", "denoiser"], indirect=True),  # these are no long tests
-]
+pytestmark = pytest.mark.usefixtures("around")
 
 GOLDEN = {key: torch.from_numpy(value) for key, value in np.load(GOLDEN_FILE).items()}
 X, T, S = GOLDEN["x"], GOLDEN["t"], GOLDEN["s"]

@@ -6,7 +6,6 @@ Their numbers are the same, so whatever is tested of the one construction is tes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -28,15 +27,14 @@ class TargetByKeyword(nn.Module):
         return self.network(x, c_t, c_target, **condition)
 
 
-@dataclass(frozen=True)
 class Scalings:
     """EDM's, with what the network is told."""
 
-    sigma_data: float
-    told: Told
+    def __init__(self, sigma_data: float, told: Told) -> None:
+        self.edm, self.told = ap.EDMPreconditioning(sigma_data), told
 
     def __call__(self, t: Tensor) -> tuple[Tensor, ...]:
-        edm = ap.EDMPreconditioning(self.sigma_data)(t)
+        edm = self.edm(t)
         return edm if self.told is None else (*edm[:3], self.told(t))
 
 
