@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -217,10 +217,12 @@ def check_direction(data_at: object) -> None:
 
 def with_slope(function: Callable[[Tensor], Tensor], time: Tensor) -> tuple[Tensor, Tensor]:
     """Return an elementwise function of the time, and its derivative there."""
+    pair: Any
     if torch.compiler.is_compiling():  # torch.export cannot trace a vjp
-        return cast(tuple[Tensor, Tensor], torch.func.jvp(function, (time,), (torch.ones_like(time),)))
-    value, pullback = cast(Any, torch.func.vjp(function, time))  # ten times as fast as a jvp on the CPU
-    return value, pullback(torch.ones_like(value))[0]
+        pair = torch.func.jvp(function, (time,), (torch.ones_like(time),))
+        return pair[0], pair[1]
+    pair = torch.func.vjp(function, time)  # ten times as fast as a jvp on the CPU
+    return pair[0], pair[1](torch.ones_like(pair[0]))[0]
 
 
 def wide(value: Tensor, name: str) -> Tensor:
