@@ -31,6 +31,8 @@ from ._precision import place
 
 Condition = Mapping[str, Any]
 
+_ARRAYS = (Tensor, np.ndarray)  # torch 2.4 compiles no isinstance of a union
+
 
 @dataclass(frozen=True, eq=False)
 class Common:
@@ -140,7 +142,7 @@ class Ownership:
         if isinstance(condition, Common):
             return
         theirs = _has_rows(condition, batch) or (isinstance(condition, list) and _are_samples(condition, batch))
-        has_entries = isinstance(condition, list) or (isinstance(condition, Tensor | np.ndarray) and condition.ndim > 0)
+        has_entries = isinstance(condition, list) or (isinstance(condition, _ARRAYS) and condition.ndim > 0)
         size = len(condition) if has_entries else 1
         if size > 1 and self._theirs.setdefault(name, theirs) != theirs:  # a single one is as good as repeated
             raise ValueError(
@@ -210,7 +212,7 @@ def _list_like(value: list[Any], entries: list[Any]) -> list[Any]:
 
 
 def _has_rows(value: object, batch: int) -> bool:
-    return isinstance(value, Tensor | np.ndarray) and value.shape[:1] == (batch,)
+    return isinstance(value, _ARRAYS) and value.shape[:1] == (batch,)
 
 
 def _are_samples(entries: list[Any], batch: int) -> bool:

@@ -136,7 +136,8 @@ class Student(NetworkWrapper):
         if self.target_time is not None and len(levels) == 2:
             time = self.scalings(levels[1]).c_noise
             if time.is_floating_point():
-                time = time.to(torch.promote_types(own, torch.float32))  # as the denoiser tells its own
+                dtype = getattr(self.network, "time_dtype", None) or torch.promote_types(own, torch.float32)
+                time = time.to(dtype)  # as the denoiser tells its own
             levels, condition = levels[:1], {**condition, self.target_time: time}
         output: Tensor = self.network(x if self._casts else x.to(own), *levels, **condition)
         return output
