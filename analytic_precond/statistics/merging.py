@@ -66,9 +66,7 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
 
     counts = torch.cat([part.counts for part in statistics])
     sums = torch.cat([part.sums for part in statistics])
-    fold = (
-        torch.arange(len(counts), device="cpu") % GROUPS
-    )  # groups are independent: pooling them keeps the errors right
+    fold = torch.arange(len(counts), device="cpu") % GROUPS  # groups are independent: pooled, their errors are right
     folded = min(GROUPS, len(counts))
     weights = [part.num_samples / (2 * float(counts.sum())) for part in statistics]
     return TeacherStatistics(

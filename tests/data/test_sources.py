@@ -611,7 +611,11 @@ UNFIT: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "fewer levels": (with_another(levels=LEVELS[1:]), ValueError, r"share their noise levels"),
     "l_method": (with_another(l_method="exact"), ValueError, r"made alike.*'stein'.*'exact'"),
     "s_method": (with_another(s_method="jvp"), ValueError, r"made alike.*'transport'.*'jvp'"),
-    "sample shape": (with_another(data=DATA[:, :2]), ValueError, r"made alike.*\(3,\).*\(2,\)"),
+    "sample shape": (
+        with_another(data=DATA[:, :2], intercept=True),
+        ValueError,
+        r"intercept .* must share .* shape, got \(2,\)",
+    ),
     "teacher": (with_another(denoiser=Recorder()), ValueError, r"made alike.*smooth_teacher.*Recorder"),
     "intercept": (with_another(intercept=True), ValueError, r"agree on the intercept"),
     "not a list": (lambda: estimate(DATA), TypeError, r"statistics must .*got TeacherStatistics"),
