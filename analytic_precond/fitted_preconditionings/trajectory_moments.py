@@ -106,7 +106,7 @@ def trajectory_moments(
 
     def add(start: Start, points: Points, _: object) -> None:
         # 1. the points' coordinates, and E = left x - (x - D), in place: of all that is held, these are the largest
-        x, E = (part.flatten(2) for part in points)
+        x, E = (part.reshape(*part.shape[:2], -1) for part in points)
         for k, share in enumerate(left.tolist()):
             x[k], E[k] = to_modes(points.x[k]), to_modes(points.removed[k])
             E[k].neg_().add_(x[k], alpha=share)

@@ -66,7 +66,9 @@ class IntegralTable(TableModule):
     polynomials: Tensor
     running: Tensor
     ends: Tensor
-    rows: Tensor  # what the three say of each cell, together
+    _rows: Tensor  # what the first two say of each cell, together
+    _rows_from: tuple[Tensor, ...] = ()  # the tables that they were made of
+    _rows_of: tuple[tuple[int, int], ...] = ()  # and what these were like
     cells: Tensor  # these three only where there is no float64
     edges: Tensor
     pairs: Tensor
@@ -107,18 +109,37 @@ class IntegralTable(TableModule):
         return float32_tables(self.polynomials, self.running, self.ends)
 
     def mirror_ends(self) -> None:
-        """Mirror the ends in Python, and lay out one row per cell: a level's numbers are then gathered at once.
+        """Mirror the ends in Python, and lay out the rows."""
+        super().mirror_ends()
+        self._current_rows()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegralTable:
+        super()._apply(fn, recurse)
+        self._current_rows()
+        return self
+
+    def _current_rows(self) -> Tensor:
+        """Return the tables as one row per cell, so that a level's numbers are gathered at once.
 
         A row holds the polynomials of l, ln L, -ln(L S) and N in w = v / 2 (scaled by powers of 2, which is exact), the
-        running integral as high + low, and the cell's middle.
+        running integral as high + low, and the cell's middle. Rows are made anew once tables are others or overwritten.
         """
-        super().mirror_ends()
-        l, ln_L, ln_S, N = self.polynomials.unbind(1)
-        powers = 2.0 ** torch.arange(len(l) - 1, -1, -1, dtype=l.dtype, device=l.device)
-        polynomials = torch.stack([l, ln_L, -(ln_L + ln_S), N], 1) * powers[:, None, None]
-        middle = torch.arange(_CELLS, dtype=l.dtype, device=l.device) + 0.5
-        rows = torch.cat([polynomials.flatten(0, 1), self.running.T, middle[None]]).T.contiguous()
-        self.register_buffer("rows", rows, persistent=False)
+        tables = self.polynomials, self.running
+        if torch.compiler.is_compiling() and self._rows_of:
+            return self._rows
+        source = tuple((id(table), table._version) for table in tables)
+        if source == self._rows_of and all(a is b for a, b in zip(tables, self._rows_from, strict=True)):
+            return self._rows
+        with torch.inference_mode(False):
+            l, ln_L, ln_S, N = self.polynomials.unbind(1)
+            powers = 2.0 ** torch.arange(len(l) - 1, -1, -1, dtype=l.dtype, device=l.device)
+            polynomials = torch.stack([l, ln_L, -(ln_L + ln_S), N], 1) * powers[:, None, None]
+            middle = torch.arange(_CELLS, dtype=l.dtype, device=l.device) + 0.5
+            rows = torch.cat([polynomials.flatten(0, 1), self.running.T, middle[None]]).T.contiguous()
+        if not rows.requires_grad:
+            self.register_buffer("_rows", rows, persistent=False)
+            self._rows_from, self._rows_of = tables, source
+        return rows
 
     def forward(self, t: Tensor, s: Tensor, with_S: bool = True) -> PairIntegrals:
         """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range.
@@ -135,7 +156,7 @@ class IntegralTable(TableModule):
         position = torch.stack([position_t, position_s])
 
         # 2. Each place's cell, and the four polynomials there; w is in [-1/2, 1/2]. NaN becomes some integer.
-        rows = self.rows[position.detach().long().clamp(0, _CELLS - 1)]
+        rows = self._current_rows()[position.detach().long().clamp(0, _CELLS - 1)]
         w = (position - rows[..., -1])[..., None]
         value, *lower_powers = rows[..., :-3].unflatten(-1, (-1, 4)).unbind(-2)
         for coefficient in lower_powers:  # Horner, elementwise: equal levels give equal bits

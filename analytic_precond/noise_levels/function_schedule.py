@@ -52,6 +52,8 @@ class FunctionSchedule(Schedule):
         tensor(-1.3863, dtype=torch.float64)
     """
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # by what they hold they cannot be compared
+
     _alpha: Function
     _sigma: Function
     _told: Function | None
@@ -60,6 +62,7 @@ class FunctionSchedule(Schedule):
     _start: float  # ln t of the first node
     _stop: float
     _nodes: TableOnDevices  # times
+    _num_steps: int = 0
 
     def __init__(
         self, alpha: Function, sigma: Function, times: tuple[float, float], network_time: Function | None = None
@@ -83,6 +86,7 @@ class FunctionSchedule(Schedule):
         log_levels = torch.linspace(start, stop, _NODES, dtype=torch.float64, device="cpu")
         self._set(_start=start, _stop=stop, _nodes=TableOnDevices(self._bisected(log_levels)))
         self._check_continuity(log_levels)
+        self._set(_num_steps=self._steps_needed(log_levels))
 
     def _set(self, **attributes: object) -> None:
         for name, value in attributes.items():
@@ -111,8 +115,8 @@ class FunctionSchedule(Schedule):
         nodes = self._nodes.on(level.device)
         before, after = nodes[torch.stack([i, i + 1])]  # never an index of one number, which the host would read
         tau = before + (position - i) * (after - before)
-        for _ in range(3):  # two would do, to the last digits and three derivatives, if nothing had a kink
-            tau = self._improved(tau, log_t)
+        for _ in range(self._num_steps):
+            tau, before, after = self._improved(tau, log_t, before, after)
         at_data, at_noise = self.times
         tau = torch.where(level <= low, at_data, torch.where(level >= high, at_noise, tau))
         inside = (level >= low * (1 - _ROUNDING)) & (level <= high * (1 + _ROUNDING))
@@ -126,12 +130,22 @@ class FunctionSchedule(Schedule):
         """Return ln(sigma / alpha); a factor that rounding makes negative at an end counts as 0."""
         return self.sigma(time).clamp(min=0).log() - self.alpha(time).clamp(min=0).log()
 
-    def _improved(self, time: Tensor, log_t: Tensor) -> Tensor:
-        """Take a step of Newton's method, none where floating point leaves no slope (at the ends)."""
+    def _improved(self, time: Tensor, log_t: Tensor, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take a step of Newton's method, of bisection where that leads out of the bracket.
+
+        Returns:
+            The time, the same where floating point leaves no slope (at the ends), and a narrower bracket.
+        """
         log_level, slope = with_slope(self._log_level, time)
         usable = torch.isfinite(log_level) & torch.isfinite(slope) & (slope != 0)
         step = torch.where(usable, log_level - log_t, 0.0) / torch.where(usable, slope, 1.0)
-        return time - step
+        below, now = log_level.detach() < log_t.detach(), time.detach()
+        before, after = torch.where(below, now, before), torch.where(below, after, now)
+        new = time - step
+        # a step within rounding of the bracket's ends is Newton's, whose derivatives are the inverse's
+        slack = 1e-12 * (before.abs() + after.abs())
+        inside = (new >= torch.minimum(before, after) - slack) & (new <= torch.maximum(before, after) + slack)
+        return torch.where(inside | ~usable, new, (before + after) / 2), before, after
 
     def _bisected(self, log_levels: Tensor) -> Tensor:
         """Return the times of levels by bisection over all float64 numbers between the ends."""
@@ -155,6 +169,37 @@ class FunctionSchedule(Schedule):
                 f"the noise level must rise continuously from data to noise, got {got:g} at time {time:g}, where it "
                 f"passes {level:g}: interpolate tables, and restrict times to where it rises."
             )
+
+    def _steps_needed(self, log_levels: Tensor) -> int:
+        """Return how many steps give levels between the nodes, and refuse functions that fall on the way.
+
+        Raises:
+            ValueError: If there are such levels whose time none gives.
+        """
+        between = (log_levels[:-1] + log_levels[1:]) / 2
+        between = torch.cat([between, log_levels[:-1] + 0.1 * log_levels.diff()])
+        between = between[between.abs() < 12]  # 6e-6 to 160,000
+        times = self._nodes.table
+        for share in (0.25, 0.5, 0.75):
+            inner = times[:-1] + share * times.diff()
+            found = self._log_level(inner)
+            inside = (found >= log_levels[:-1] - 1e-3) & (found <= log_levels[1:] + 1e-3)
+            wrong = ~inside & inner.isfinite() & (log_levels[:-1].abs() < 12) & (log_levels[1:].abs() < 12)
+            if bool(wrong.any()):
+                time, got, level = (v[wrong][0].item() for v in (inner, found.exp(), log_levels[1:].exp()))
+                raise ValueError(
+                    f"the noise level must rise from data to noise, got {got:g} at time {time:g}, beyond the {level:g} "
+                    f"that comes after it: restrict times to where it rises."
+                )
+        for steps in (3, 8, 60):  # two would do, to the last digits and three derivatives, if nothing had a kink
+            self._set(_num_steps=steps)
+            # what rounding leaves of a level, beside what rounding of the time does to it
+            found_times = self.time(between.exp())
+            log_level, slope = with_slope(self._log_level, found_times)
+            allowed = 1e-11 + 1e-14 * (slope * found_times).abs().nan_to_num(posinf=1e300)
+            if bool(((log_level - between).abs() <= allowed).all()):
+                return steps
+        return 60
 
 
 def _ordered(bits: Tensor) -> Tensor:

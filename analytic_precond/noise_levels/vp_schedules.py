@@ -176,6 +176,8 @@ class VPDiscreteSchedule(_VariancePreserving):
         tensor([0.0000, 1.0000, 2.0000], dtype=torch.float64)
     """
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # by what they hold they cannot be compared
+
     alphas_cumprod: Tensor
     quantize: bool = False
     timesteps: Tensor | None = None
@@ -183,6 +185,10 @@ class VPDiscreteSchedule(_VariancePreserving):
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
         super().__post_init__()
+        if not isinstance(self.quantize, bool):
+            raise TypeError(
+                f"quantize must be True or False, got {type(self.quantize).__name__}: name the other, timesteps=..."
+            )
         check_tensor(self.alphas_cumprod, "alphas_cumprod")
         table = self.alphas_cumprod.detach().to("cpu", torch.float64, copy=True)
         if table.ndim != 1 or len(table) < 2:

@@ -112,9 +112,9 @@ def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | floa
     """
     velocity = Velocity.of(denoiser, x, condition)
     t, s = per_sample(t, x, "t"), per_sample(s, x, "s", zero=True)
-    to_zero, somewhere = s == 0, torch.where(s == 0, t, s)  # any level that has a velocity
-    whole, half_t, half_s = Weights.of(t, s, x).euler, *Weights.of(t, somewhere, x)[1:]
-    return heun(velocity, x, t, somewhere, Weights(whole, torch.where(to_zero, whole, half_t), half_s))
+    to_zero, weights = s == 0, Weights.of(t, s, x)
+    weights = weights._replace(heun_t=torch.where(to_zero, weights.euler, weights.heun_t))
+    return heun(velocity, x, t, torch.where(to_zero, t, s), weights, to_zero)  # 0 has no velocity, t has one
 
 
 @dataclass  # not a named tuple or frozen, which older torch.compile cannot call
@@ -178,8 +178,10 @@ class Weights(NamedTuple):
 
     @staticmethod
     def of(t: Tensor, s: Tensor, x: Tensor) -> Weights:
-        """Return them in the dtype that steps of ``x`` are computed in; at s = 0 only Euler's is finite."""
-        ratio_t, ratio_s = (((s - t) / level).to(torch.promote_types(x.dtype, torch.float32)) for level in (t, s))
+        """Return them in the dtype that steps of ``x`` are computed in; ``heun_s`` is 0 where s is."""
+        end = torch.where(s == 0, t, s)
+        ratios = ((s - t) / t, (end - t) / end)
+        ratio_t, ratio_s = (ratio.to(torch.promote_types(x.dtype, torch.float32)) for ratio in ratios)
         return Weights(ratio_t, ratio_t / 2, ratio_s / 2)
 
 
@@ -189,11 +191,13 @@ def euler(velocity: Velocity, x: Tensor, t: Tensor, weight: Tensor) -> Tensor:
     return torch.addcmul(z, expand_to(weight, z), velocity.removed(z, t)).to(x.dtype)
 
 
-def heun(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, weights: Weights) -> Tensor:
-    """Take a step of Heun's method between valid levels of shape (B,), not to 0."""
+def heun(velocity: Velocity, x: Tensor, t: Tensor, s: Tensor, weights: Weights, alone: Tensor | None = None) -> Tensor:
+    """Take a step of Heun's method between valid levels of shape (B,), not to 0; of some, x - D at t counts alone."""
     z = widen(x)
     whole, half_t, half_s = (expand_to(weight, z) for weight in weights)
 
     at_t = velocity.removed(z, t)
     at_s = velocity.removed(torch.addcmul(z, whole, at_t), s)
+    if alone is not None:
+        at_s = torch.where(alone.reshape(-1, *[1] * (z.ndim - 1)), 0, at_s)
     return torch.addcmul(torch.addcmul(z, half_t, at_t), half_s, at_s).to(x.dtype)

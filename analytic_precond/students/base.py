@@ -73,6 +73,10 @@ class Student(NetworkWrapper):
         """Set what all students have; by itself, they are around a denoiser."""
         if not callable(network):
             raise TypeError(f"{name} must be callable, got {type(network).__name__}: pass an nn.Module.")
+        if isinstance(network, Student):
+            raise TypeError(
+                f"{name} must not be a student, which jumps, got {type(network).__name__}: pass its denoise."
+            )
         super().__init__(network)
         if not isinstance(precond, Preconditioning):
             raise TypeError(
@@ -139,7 +143,9 @@ class Student(NetworkWrapper):
                 dtype = getattr(self.network, "time_dtype", None) or torch.promote_types(own, torch.float32)
                 time = time.to(dtype)  # as the denoiser tells its own
             levels, condition = levels[:1], {**condition, self.target_time: time}
-        output: Tensor = self.network(x if self._casts else x.to(own), *levels, **condition)
+        # the denoiser may overwrite what it gets
+        x, *levels_ = (v.clone() for v in (x if self._casts else x.to(own), *levels))
+        output: Tensor = self.network(x, *levels_, **condition)
         return output
 
     @staticmethod

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import all_true, check_not_negative
+from .._precision import place
 from ..noise_levels.per_sample import one_per_sample
 from ..preconditionings.base import ROUNDING, Preconditioning
 from .base import NoiseConditioning, Student, takes
@@ -78,6 +79,8 @@ class ConsistencyTrajectoryModel(Student):
                 f"which does not: name the keyword under which its network is told s, target_time=..., or take a "
                 f"ConsistencyModel."
             )
+        if target_time is not None and not isinstance(target_time, str):
+            raise TypeError(f"target_time must be the name of a keyword, got {target_time!r}.")
         if target_time is not None and not hasattr(denoiser, "scalings"):
             raise TypeError(
                 f"target_time is for denoisers around a network, which say what it is told, got "
@@ -204,7 +207,9 @@ class ConsistencyModel(Student):
         Returns:
             The data at noise level ``sigma_min``. Shape and dtype of ``x_t``.
         """
-        t, s = one_per_sample(t, x_t), self.sigma_min if s is None else self._target(s, x_t)
+        t = one_per_sample(t, x_t)
+        # in t's dtype: a level that is sigma_min but for rounding is the boundary
+        s = place(self.sigma_min, t.device, t.dtype) if s is None else self._target(s, x_t)
         x, q = self.precond.query(x_t, t, s)
         return self.precond.jump(x_t, self._denoiser(x, q, **condition), t, s).to(x_t.dtype)
 

@@ -76,7 +76,7 @@ def guide(
             raise TypeError(f"{name} must be callable as {name}(x, t), got {type(value).__name__}.")
     if scale is not None and not callable(scale):
         _check_scale(scale, "scale")
-    if isinstance(shared, str) or not all(isinstance(name, str) for name in shared):
+    if isinstance(shared, str) or not isinstance(shared, Sequence) or not all(isinstance(name, str) for name in shared):
         raise TypeError(f"shared must be a tuple of names, got {shared!r}: write shared=('class_labels',).")
     return GuidedDenoiser(denoiser, unconditional, scale, 1.0 if formula == "from_conditional" else 0.0, tuple(shared))
 
@@ -113,15 +113,28 @@ class GuidedDenoiser(Wrapper):
         """Return the guided estimate of the clean data. Shapes: ``x`` (B, ...), ``t`` (B,)."""
         told = plain(condition)
         scale = self._scale_at(t, told)
+        missing = [name for name in self.shared if name not in told]
+        if missing:
+            raise TypeError(
+                f"conditions shared by both denoisers must be given at each call, got no {', '.join(missing)}: names "
+                f"are those of the call, here {', '.join(told) or 'none'}."
+            )
         c = self.denoiser(x, t, **told)
-        u = self.unconditional(x, t, **{name: told[name] for name in self.shared if name in told})
+        u = self.unconditional(x, t, **{name: told[name] for name in self.shared})
         if c.shape != u.shape:
             raise ValueError(
                 f"expected both denoisers to return x's shape {tuple(x.shape)}, got {tuple(c.shape)} and "
                 f"{tuple(u.shape)}."
             )
         dtype = torch.promote_types(x.dtype, torch.float32)
-        w = (expand_to(place(scale, x.device, dtype), x) if isinstance(scale, Tensor) else scale) + self.offset
+        if isinstance(scale, Tensor):
+            if scale.shape not in {(), (1,), x.shape[:1]}:
+                raise ValueError(
+                    f"the guidance scale must hold one number per sample, shape {tuple(x.shape[:1])}, got "
+                    f"{tuple(scale.shape)}: for batches of any size write scale=None, and guidance_scale= at calls."
+                )
+            scale = expand_to(place(scale, x.device, dtype), x)
+        w = scale + self.offset
         return (u.to(dtype) + w * (c.to(dtype) - u.to(dtype))).to(x.dtype)
 
     def _scale_at(self, t: Tensor, told: dict[str, Any]) -> float | Tensor:
@@ -129,7 +142,9 @@ class GuidedDenoiser(Wrapper):
         if self.scale is None:
             if told.get("guidance_scale") is None:
                 raise TypeError("guidance_scale must be given at each call, as guide got scale=None: pass a number.")
-            return _check_scale(told.pop("guidance_scale"), "guidance_scale")
+            scale = told.pop("guidance_scale")
+            scale = torch.tensor(scale, device="cpu") if isinstance(scale, list) else scale  # one for each sample
+            return _check_scale(scale, "guidance_scale")
         if callable(self.scale):
             return _check_scale(self.scale(t), "the scale that the function returns")
         return self.scale

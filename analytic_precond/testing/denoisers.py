@@ -76,6 +76,9 @@ def assert_denoiser(
         if schedule is None:
             return reference(x, t)
         time = schedule.network_time(t.double())
+        if isinstance(schedule, VPDiscreteSchedule) and schedule.timesteps is not None and schedule.time_scale == 1:
+            nearest = schedule.timesteps[(time[:, None] - schedule.timesteps.to(time)).abs().argmin(1)].to(time)
+            time = torch.where((time - nearest).abs() < 1e-3, nearest, time)  # what float32 levels make of it
         time = time if not time.is_floating_point() else time.to(t.dtype)
         return reference(expand_to(schedule.alpha(schedule.time(t)), x).to(x.dtype) * x, time)
 
@@ -108,10 +111,13 @@ def assert_denoiser(
 
 def _levels(denoiser: Denoiser, levels: Tensor | None, schedule: Schedule | None) -> Tensor:
     if levels is None:
-        known = noise_range_of(denoiser) or (schedule and schedule.noise_range) or (0.002, 80.0)
-        levels = log_noise_levels(12, *known)
+        low, high = noise_range_of(denoiser) or (schedule and schedule.noise_range) or (0.002, 80.0)
+        levels = log_noise_levels(12, low or min(0.002, high / 1e3), high if high < torch.inf else max(80.0, 1e3 * low))
         if isinstance(schedule, VPDiscreteSchedule):  # between them a code that knows the table only has no answer
-            levels = schedule.noise_level(schedule.time(levels).round().unique()).flip(0)
+            assert schedule.timesteps is not None
+            table = schedule.timesteps.double()
+            nearest = (schedule.time(levels.to(table))[:, None] - table).abs().argmin(1).unique()
+            levels = schedule.noise_level(table[nearest]).flip(0)
     check_levels(levels)
     return levels.detach().double()
 

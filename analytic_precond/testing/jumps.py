@@ -108,6 +108,8 @@ class Jumps:
         if not (isinstance(answer, tuple | list) and len(answer) == 2 and all(isinstance(c, Tensor) for c in answer)):
             raise AssertionError(f"call: it must return two tensors, c_skip and c_out, got {type(answer).__name__}.")
         levels = torch.broadcast_shapes(t.shape, s.shape)
+        if self.target is not None and answer[1].shape == t.shape and t.shape != levels:  # formulas of t alone
+            answer = [c.expand(levels) if c.shape == t.shape else c for c in answer]
         shape = (*levels, *(answer[1].shape[len(levels) :] if self.tail is None else self.tail))
         for name, c in zip(Scalings._fields, answer, strict=True):
             if c.shape != shape:

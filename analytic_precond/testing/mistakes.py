@@ -6,6 +6,7 @@ what it answers to a wrong time or a wrong input is known too, and what becomes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
@@ -94,8 +95,11 @@ def _mistakes(exact: Denoiser, schedule: Schedule, x: Tensor, t: Tensor) -> Iter
 def _wrong_times(schedule: Schedule, times: Tensor, t: Tensor) -> Iterator[tuple[Tensor, str]]:
     if isinstance(schedule, EDMSchedule):
         return
-    known = schedule.noise_range
-    ends = schedule.time(t.new_tensor(known)) if known else t.new_tensor([0.0, 1.0])
+    known, own = schedule.noise_range, getattr(schedule, "times", None)
+    if own is not None and all(map(math.isfinite, own)):
+        ends = t.new_tensor(own)
+    else:
+        ends = schedule.time(t.new_tensor(known)) if known else t.new_tensor([0.0, 1.0])
     if isinstance(schedule, TrigFlowSchedule):
         ends = ends * torch.pi / 2
     yield ends.sum() - times, "time runs in the wrong direction: data and noise at each other's ends"

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import zipfile
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,7 +76,8 @@ class ImageArchive(Dataset):
         """Return an image, checked. Shape ``(height, width, 3)``, uint8; a ValueError, which estimates pass on."""
         try:
             pixels = np.asarray(Image.open(io.BytesIO(self.archive.read(self.names[index]))).convert("RGB"))
-        except (OSError, UnidentifiedImageError, zipfile.BadZipFile) as error:
+        # encrypted or compressed in another way, too
+        except (OSError, UnidentifiedImageError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
             raise ValueError(f"--data: image {self.names[index]} of {self.path} cannot be read: {error}") from error
         if pixels.shape[:2] != (self.resolution, self.resolution):
             raise ValueError(

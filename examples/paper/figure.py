@@ -14,14 +14,16 @@ from settings import positive
 
 
 def curve(run: Path, steps: int) -> tuple[str, dict[int, float]]:
-    """Return a run's preconditioning, and its FID by iteration; of several measurements the last."""
+    """Return a run's preconditioning, and its FID by iteration; of several measurements the last with most samples."""
     results = run / "fid.jsonl"
     if not results.is_file():
         raise SystemExit(
             f"{run} has no FIDs yet: evaluate.py --folder {run} --snapshots all --reference ... --inception ..."
         )
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    fids = {line["iteration"]: line["fid"] for line in lines if line["steps"] == steps}
+    of_steps = [line for line in lines if line["steps"] == steps]
+    most = max((line["num_samples"] for line in of_steps), default=0)  # FIDs of fewer samples are larger
+    fids = {line["iteration"]: line["fid"] for line in of_steps if line["num_samples"] == most}
     if not fids:
         raise SystemExit(f"{run} has FIDs of {sorted({line['steps'] for line in lines})} steps, none of {steps}")
     name = json.loads((run / "settings.json").read_text())["preconditioning"]

@@ -55,7 +55,7 @@ class Training:
         self.wrapped = student
         if processes.size > 1:
             ids = [device] if device.type == "cuda" else None
-            self.wrapped = DistributedDataParallel(student, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self.wrapped = DistributedDataParallel(student, ids, gradient_as_bucket_view=True)
         self.last_layer, self.levels = last_layer(student), ap.karras_noise_levels(experiment.num_levels)
 
     @property
@@ -97,6 +97,8 @@ class Training:
         noise = torch.randn((2, *images.shape), generator=generator).to(self.device)
         times = ap.sample_jump_times(batch, self.levels, experiment.max_ode_steps, generator)
         t = experiment.sample_denoising_levels(batch, generator).to(self.device)
+        mirrored = (torch.rand(batch, generator=generator) < experiment.flips).to(images.device)
+        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         x_0, sigma_data = images.to(self.device), self.student.edm.sigma_data
         target = self.averages[experiment.target_ema]
 

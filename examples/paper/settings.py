@@ -18,6 +18,7 @@ import analytic_precond as ap
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # these may change when a run goes on: how long it is, and what only describes the paper's
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
 NOT_COMPARED = ("iterations", "gpus", "gpu", "days", "network_dtype")
 
 
@@ -59,8 +60,8 @@ def experiment_of(name: str, changes: Sequence[str]) -> ap.PaperExperiment:
                 f"--set: expected NAME=VALUE with a setting of ap.paper_experiment({name!r}), got {change!r}"
             )
         try:
-            changed[key] = value.lower() in ("true", "1") if isinstance(known, bool) else type(known)(value)
-        except ValueError:
+            changed[key] = _TRUTH[value.lower()] if isinstance(known, bool) else type(known)(value)
+        except (ValueError, KeyError):
             raise SystemExit(f"--set: expected {key} of type {type(known).__name__}, got {value!r}") from None
     return dataclasses.replace(experiment, **changed)
 

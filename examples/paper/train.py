@@ -42,7 +42,14 @@ def arguments() -> argparse.Namespace:
     add(
         "--batch-gpu", type=positive, help="images of one pass; smaller ones take less memory (a process's whole share)"
     )
-    add("--set", nargs="+", default=[], metavar="NAME=VALUE", help="change settings of ap.paper_experiment")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change settings of ap.paper_experiment",
+    )
     add("--seed", type=int, default=0, help="of everything that is drawn (0)")
     add("--log-every", type=positive, default=100, help="iterations (100)")
     add("--save-every", type=positive, default=1000, help="iterations from checkpoint to checkpoint (1000)")
@@ -76,6 +83,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
     for name, known in (("optimizer", OPTIMIZERS), ("ode_solver", ("heun",)), ("inner_target", ("student", "average"))):
         if getattr(experiment, name) not in known:
             raise SystemExit(f"--set: {name} must be {' or '.join(known)}, got {getattr(experiment, name)}")
+    for name, low, high in (
+        ("batch_size", 1, None), ("iterations", 1, None), ("max_ode_steps", 1, None), ("num_levels", 2, None),
+        ("dropout", 0, 1), ("flips", 0, 1), ("learning_rate", 0, None), ("statistics_samples", 1, None),
+    ):  # fmt: skip
+        value = getattr(experiment, name)
+        if value < low or (high is not None and value > high):
+            most = "" if high is None else f" and at most {high}"
+            raise SystemExit(f"--set: {name} must be at least {low}{most}, got {value}")
     names = {dtype: name for name, dtype in PRECISIONS.items()}
     precision = args.precision or names[experiment.network_dtype]
     return Settings(experiment, args.preconditioning, precision, args.seed, args.teacher, args.data)
@@ -150,7 +165,7 @@ def run(
                         folder.snapshot(done, training.average)
                     if keep:  # after the snapshot, which an interruption in between would lose
                         folder.keep(done, training.parts())
-    processes.say(f"{folder.path} holds {last} iterations: evaluate.py --folder {folder.path} comes next")
+    processes.say(f"{folder.path} holds {max(first, last)} iterations: evaluate.py --folder {folder.path} comes next")
 
 
 def peak_memory(device: torch.device) -> float:

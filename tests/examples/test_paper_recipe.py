@@ -154,6 +154,24 @@ def test_the_plans_counts_are_those_of_the_real_iteration(tmp_path: Path, load: 
     assert costs["parameters"] > sum(p.numel() for p in net.parameters())
 
 
+def test_images_are_mirrored(tmp_path: Path, load: Any) -> None:
+    settings, iteration = load("settings"), load("iteration")
+    losses = []
+    for flips, mirrored in (("1", False), ("0", True), ("0", False)):
+        experiment = settings.experiment_of("cifar10_unconditional", [*TINY, f"flips={flips}"])
+        net = load("networks").load_teacher(write_teacher(tmp_path / "net.pkl", "cifar10_unconditional"), experiment)
+        student = load("networks").make_student(net, ap.CTMPreconditioning(), experiment, 0)
+        own = settings.Settings(experiment, "ctm", "fp32", 0, tmp_path, None)
+        process = load("processes").Processes("cpu")
+        training = iteration.Training(ap.denoiser_from_edm(net), student, ap.squared_error, own, process, 4)
+        images = torch.linspace(-1, 1, 4 * 3 * 64).reshape(4, 3, 8, 8)
+        torch.manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
+        logged = training.add_gradient(images.flip(-1) if mirrored else images, generator, {}, passes=1)
+        losses.append(logged[0].item())
+    assert losses[0] == losses[1] != losses[2]
+
+
 @pytest.mark.long
 def test_processes_and_passes_take_the_mean_of_their_gradients(tmp_path: Path, load: Any) -> None:
     """Two processes of two passes each against all four in this process, for the one step of a large learning rate."""
@@ -208,6 +226,10 @@ BAD = {
     "setting": ([], ("lr=1",), r"--set: expected NAME=VALUE with a setting of ap.paper_experiment"),
     "kind": ([], ("batch_size=much",), "--set: expected batch_size of type int, got 'much'"),
     "no backbone": ([], ("distance=lpips",), "--backbone: LPIPS needs VGG-16's weights"),
+    "no steps": ([], ("max_ode_steps=0",), "max_ode_steps must be at least 1, got 0"),
+    "no batch": ([], ("batch_size=0",), "batch_size must be at least 1, got 0"),
+    "mirrored": ([], ("flips=2",), "flips must be at least 0 and at most 1, got 2"),
+    "no truth": ([], ("class_conditional=maybe",), "expected class_conditional of type bool, got 'maybe'"),
     "optimizer": ([], ("optimizer=sgd",), "optimizer must be radam or adam, got sgd"),
 }
 

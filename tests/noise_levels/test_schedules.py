@@ -302,3 +302,33 @@ def test_time_scale_is_for_the_network_only() -> None:
 def test_bad_arguments(build: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         build()
+
+
+@pytest.mark.parametrize("power", [3, 5])
+def test_functions_that_are_nearly_flat_inside_are_inverted(power: int) -> None:
+    """Newton's steps lead far away from where the slope is nearly 0: brackets hold them."""
+    schedule = FunctionSchedule(lambda u: 1.0, lambda u: 1 + (2 * u - 1) ** power, times=(0, 1))
+    levels = schedule.noise_level(torch.linspace(0.01, 0.99, 981, dtype=torch.float64))
+    times = schedule.time(levels)
+    assert bool(((times >= 0) & (times <= 1)).all())
+    torch.testing.assert_close(schedule.noise_level(times), levels, rtol=1e-12, atol=0)  # as the functions' rounding
+
+
+def test_functions_that_fall_on_the_way_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"must rise from data to noise, got .* restrict times to where it rises"):
+        FunctionSchedule(lambda u: 1.0, lambda u: 1 + u + 0.5 * torch.sin(12 * u), times=(0, 1))
+
+
+def test_schedules_that_hold_more_than_numbers_are_equal_to_themselves_only() -> None:
+    tables = [VPDiscreteSchedule(torch.tensor(values)) for values in ([0.9, 0.5], [0.8, 0.1])]
+    functions = [FunctionSchedule(lambda u: 1 - u, lambda u: u, times=(0, 1)) for _ in range(2)]
+    for one, other in (tables, functions):
+        assert one == one
+        assert one != other
+        assert len({one, other, one}) == 2
+    assert VPCosineSchedule() == VPCosineSchedule()
+
+
+def test_timesteps_in_the_place_of_quantize_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"quantize must be True or False, got Tensor: .* timesteps="):
+        VPDiscreteSchedule(torch.tensor([0.9, 0.5]), torch.arange(2))  # type: ignore[arg-type]

@@ -427,3 +427,23 @@ class TestCuda:
         x, levels = rand(3, 2).float(), f64(2.0, 1.0, 0.0)
         for grid in (levels, levels.cuda()):
             torch.testing.assert_close(solve_ode(Teacher(), x.cuda(), grid).cpu(), solve_ode(Teacher(), x, levels))
+
+
+def test_gradients_in_levels_that_end_in_0() -> None:
+    """The last step divides by no level that is 0, in its derivatives neither."""
+    levels = torch.tensor([8.0, 2.0, 0.5], dtype=torch.float64, requires_grad=True)
+    teacher, x = ap.GaussianDenoiser(0.25), torch.ones(2, 3, dtype=torch.float64)
+
+    def whole(levels: Tensor) -> Tensor:
+        return ap.solve_ode(teacher, x, torch.cat([levels, levels.new_zeros(1)]))
+
+    def each(levels: Tensor) -> Tensor:
+        return ap.heun_solve(teacher, x, torch.cat([levels, levels.new_zeros(1)]), 0, torch.tensor([3, 2]))
+
+    assert torch.autograd.gradcheck(whole, (levels,))
+    assert torch.autograd.gradcheck(each, (levels,))
+
+
+def test_a_step_to_0_takes_nothing_of_a_second_answer() -> None:
+    reached = ap.heun_step(lambda x, t: 0 * x / x.abs(), torch.ones(2, 3), 2.0, 0.0)  # NaN at its own answer
+    assert torch.equal(reached, torch.zeros(2, 3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -198,3 +199,20 @@ def test_coefficients_that_overflow_are_refused_for_what_they_are() -> None:
     levels = ap.log_noise_levels(20)
     with pytest.raises(ValueError, match=r"span more than 600, got 1\d{3}"):
         ap.AnalyticPreconditioning.from_coefficients(levels, 0 * levels, 0 * levels + 100.0)
+
+
+def test_tables_written_in_place_or_exchanged_are_the_ones_used() -> None:
+    levels, l, s = coefficient_tables(PROBLEM, 40)
+    known = ap.AnalyticPreconditioning.from_coefficients(levels, l, s)
+    for way in ("in place", "exchanged", "moved", "copied"):
+        other = ap.AnalyticPreconditioning.from_coefficients(levels, 0 * l, 0 * s)
+        other(4.0, 1.0)
+        if way == "exchanged":
+            answer = torch.func.functional_call(other, known.state_dict(), (4.0, 1.0))
+            assert other(4.0, 1.0).c_skip.item() == pytest.approx(0.25)
+        else:
+            for name, table in other.state_dict().items():
+                table.copy_(known.state_dict()[name])
+            other = copy.deepcopy(other) if way == "copied" else other.double() if way == "moved" else other
+            answer = other(4.0, 1.0)
+        assert answer == known(4.0, 1.0)

@@ -268,3 +268,18 @@ def test_bad_input(call: Any, error: type[Exception], message: str) -> None:
     denoiser = ap.denoiser_from_network(network(), "velocity", ap.RectifiedFlowSchedule())
     with pytest.raises(error, match=message):
         call(denoiser, ap.CTMPreconditioning())
+
+
+def test_a_student_is_no_denoiser() -> None:
+    student = ap.ConsistencyModel.from_denoiser(lambda x, t: 0 * x, ap.CTMPreconditioning())
+    for build in (ap.ConsistencyModel, ap.ConsistencyModel.from_denoiser, ap.ConsistencyTrajectoryModel.from_denoiser):
+        with pytest.raises(TypeError):
+            build(student, ap.CTMPreconditioning())
+    again = ap.ConsistencyModel.from_denoiser(student.denoise, ap.CTMPreconditioning())  # the advice
+    assert torch.equal(again(torch.ones(2, 3), torch.ones(2)), student(torch.ones(2, 3), torch.ones(2)))
+
+
+def test_the_boundary_is_exact_in_the_levels_dtype() -> None:
+    student = ap.ConsistencyModel.from_denoiser(lambda x, t: 0 * x + 1e3, ap.CTMPreconditioning(), sigma_min=0.002)
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(student(x, torch.full((4,), 0.002)), x)

@@ -131,7 +131,7 @@ class TestGuidance:
             TypeError, match=r"the scale that the function returns must be a number or a tensor, got 'a'"
         ):
             guide(c, c, lambda t: "a")(self.x, self.t)  # type: ignore[arg-type, return-value]
-        with pytest.raises(ValueError, match=r"one noise level per sample, shape \(2,\)"):
+        with pytest.raises(ValueError, match=r"one number per sample, shape \(2,\)"):
             guide(c, c, torch.ones(3))(self.x, self.t)
         with pytest.raises(TypeError, match=r"shared must be a tuple of names, got 'label': write shared="):
             guide(c, c, 2.0, shared="label")
@@ -147,3 +147,16 @@ class TestGuidance:
             guide(ap.GaussianDenoiser(1.0), None, 2.0)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="both denoisers"):
             guide(lambda x, t: x, lambda x, t: x[:1], 2.0)(self.x, self.t)
+
+
+def test_what_would_be_silently_wrong_is_refused() -> None:
+    exact, x, t = ap.GaussianDenoiser(0.25), torch.ones(4, 2), torch.ones(4)
+    with pytest.raises(TypeError, match=r"shared by both .* got no class_label: .* here class_labels"):
+        guide(lambda x, t, **c: x, exact, 2.0, shared=("class_label",))(x, t, class_labels=x)
+    with pytest.raises(ValueError, match=r"guidance scale must hold one number per sample, shape \(4,\), got \(3,\)"):
+        guide(exact, exact, torch.ones(3))(x, t)
+    with pytest.raises(TypeError, match="shared must be a tuple of names, got None"):
+        guide(exact, exact, 2.0, shared=None)  # type: ignore[arg-type]
+    c, u = (lambda x, t: x), (lambda x, t: 0 * x)
+    scales = [0.0, 1.0, 2.0, 3.0]
+    assert guide(c, u, None)(x, t, guidance_scale=scales)[:, 0].tolist() == scales

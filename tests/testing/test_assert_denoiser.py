@@ -152,3 +152,27 @@ def test_arguments() -> None:
         assert_denoiser(EXACT, EXACT, torch.ones(2))
     with pytest.raises(AssertionError, match=r"the reference must return a tensor of x's shape \(6, 2\), got \(6,\)"):
         assert_denoiser(EXACT, lambda x, t: EXACT(x, t)[:, 0], X_0)
+
+
+def test_schedules_whose_levels_begin_at_0_or_never_end() -> None:
+    sub_vp = ap.FunctionSchedule(lambda u: (-5 * u).exp(), lambda u: -torch.expm1(-10 * u), times=(0, 1))
+    for schedule in (sub_vp, ap.FunctionSchedule(lambda u: 1 - u, lambda u: u + 0.01, times=(0, 1))):
+
+        def network(z: Tensor, time: Tensor, schedule: ap.Schedule = schedule) -> Tensor:
+            t, alpha = schedule.noise_level(time.double()).float(), schedule.alpha(time.double()).float()
+            return EXACT(z / column(alpha, z), t)
+
+        assert_denoiser(ap.denoiser_from_network(network, "sample", schedule), EXACT, X_0, schedule=None, rtol=1e-3)
+
+
+def test_a_respaced_table_is_asked_at_its_own_times() -> None:
+    own = torch.arange(1000)[::7]
+    respaced = ap.VPDiscreteSchedule(VP.alphas_cumprod[::7], timesteps=own)
+    asked: list[float] = []
+
+    def reference(z: Tensor, time: Tensor) -> Tensor:
+        asked.append(time[0].item())
+        return vp_reference(z, time)
+
+    assert_denoiser(ap.denoiser_from_network(vp_network("v"), "v", respaced), reference, X_0, schedule=respaced)
+    assert set(asked) <= set(own.tolist())
