@@ -67,8 +67,7 @@ class IntegralTable(TableModule):
     running: Tensor
     ends: Tensor
     _rows: Tensor  # what the first two say of each cell, together
-    _rows_from: tuple[Tensor, ...] = ()  # the tables that they were made of
-    _rows_of: tuple[tuple[int, int], ...] = ()  # and what these were like
+    _rows_of: tuple[tuple[Tensor, int], ...] = ()  # the tables that they were made of, and their versions
     cells: Tensor  # these three only where there is no float64
     edges: Tensor
     pairs: Tensor
@@ -125,10 +124,12 @@ class IntegralTable(TableModule):
         running integral as high + low, and the cell's middle. Rows are made anew once tables are others or overwritten.
         """
         tables = self.polynomials, self.running
-        if torch.compiler.is_compiling() and self._rows_of:
+        if self._rows_of and torch.compiler.is_compiling():
             return self._rows
-        source = tuple((id(table), table._version) for table in tables)
-        if source == self._rows_of and all(a is b for a, b in zip(tables, self._rows_from, strict=True)):
+        if self._rows_of and all(
+            table is then and table._version == version
+            for table, (then, version) in zip(tables, self._rows_of, strict=True)
+        ):
             return self._rows
         with torch.inference_mode(False):
             l, ln_L, ln_S, N = self.polynomials.unbind(1)
@@ -138,7 +139,7 @@ class IntegralTable(TableModule):
             rows = torch.cat([polynomials.flatten(0, 1), self.running.T, middle[None]]).T.contiguous()
         if not rows.requires_grad:
             self.register_buffer("_rows", rows, persistent=False)
-            self._rows_from, self._rows_of = tables, source
+            self._rows_of = tuple((table, table._version) for table in tables)
         return rows
 
     def forward(self, t: Tensor, s: Tensor, with_S: bool = True) -> PairIntegrals:

@@ -158,7 +158,7 @@ class FunctionSchedule(Schedule):
         return _ordered(noise_side).view(torch.float64)
 
     def _check_continuity(self, log_levels: Tensor) -> None:
-        """Refuse functions whose level at the times found is another, as far as rounding lets one tell."""
+        """Refuse functions whose level at the times found is another, or falls between, as far as rounding tells."""
         readable = log_levels.abs() < 12  # 6e-6 to 160,000
         times, wanted = self._nodes.table[readable], log_levels[readable]
         found = self._log_level(times)
@@ -169,28 +169,24 @@ class FunctionSchedule(Schedule):
                 f"the noise level must rise continuously from data to noise, got {got:g} at time {time:g}, where it "
                 f"passes {level:g}: interpolate tables, and restrict times to where it rises."
             )
-
-    def _steps_needed(self, log_levels: Tensor) -> int:
-        """Return how many steps give levels between the nodes, and refuse functions that fall on the way.
-
-        Raises:
-            ValueError: If there are such levels whose time none gives.
-        """
-        between = (log_levels[:-1] + log_levels[1:]) / 2
-        between = torch.cat([between, log_levels[:-1] + 0.1 * log_levels.diff()])
-        between = between[between.abs() < 12]  # 6e-6 to 160,000
         times = self._nodes.table
         for share in (0.25, 0.5, 0.75):
             inner = times[:-1] + share * times.diff()
             found = self._log_level(inner)
             inside = (found >= log_levels[:-1] - 1e-3) & (found <= log_levels[1:] + 1e-3)
-            wrong = ~inside & inner.isfinite() & (log_levels[:-1].abs() < 12) & (log_levels[1:].abs() < 12)
+            wrong = ~inside & inner.isfinite() & (readable[:-1] & readable[1:])
             if bool(wrong.any()):
                 time, got, level = (v[wrong][0].item() for v in (inner, found.exp(), log_levels[1:].exp()))
                 raise ValueError(
                     f"the noise level must rise from data to noise, got {got:g} at time {time:g}, beyond the {level:g} "
                     f"that comes after it: restrict times to where it rises."
                 )
+
+    def _steps_needed(self, log_levels: Tensor) -> int:
+        """Return how many steps give the times of levels between the nodes."""
+        between = (log_levels[:-1] + log_levels[1:]) / 2
+        between = torch.cat([between, log_levels[:-1] + 0.1 * log_levels.diff()])
+        between = between[between.abs() < 12]  # 6e-6 to 160,000
         for steps in (3, 8, 60):  # two would do, to the last digits and three derivatives, if nothing had a kink
             self._set(_num_steps=steps)
             # what rounding leaves of a level, beside what rounding of the time does to it

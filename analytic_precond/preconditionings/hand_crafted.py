@@ -168,9 +168,10 @@ class CMPreconditioning(Preconditioning):
 
     def fault(self, t: float, s: float, where: str = "") -> str | None:
         """Return what is wrong with a jump, its target included."""
-        if abs(s - self.sigma_min) <= ROUNDING * self.sigma_min:
-            return super().fault(t, s, where)
-        return super().fault(t, s, where) or (
+        fault = super().fault(t, s, where)
+        if fault is not None or abs(s - self.sigma_min) <= ROUNDING * self.sigma_min:
+            return fault
+        return (
             f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got s = "
             f"{s:.9g}{where}: leave s out, or take CTMPreconditioning."
         )

@@ -20,6 +20,7 @@ from checkout import ROOT
 from edm_stand_in import EDMPrecond, SongUNet
 from PIL import Image
 from safetensors.torch import save_file
+from same_bits import assert_same
 
 SCRIPT = ROOT / "examples" / "distill.py"
 SETTINGS = ["--num-samples", "8", "--batch-size", "4", "--save-every", "2", "--max-steps", "3", "--device", "cpu"]
@@ -61,22 +62,6 @@ def finish(process: subprocess.Popen[str]) -> str:
 def load(path: Path) -> dict[str, Any]:
     checkpoint: dict[str, Any] = torch.load(path / "checkpoint.pt", weights_only=True)
     return checkpoint
-
-
-def assert_same(a: Any, b: Any) -> None:
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b)
-        for left, right in zip(a, b, strict=True):
-            assert_same(left, right)
-    else:
-        assert a == b
 
 
 @pytest.mark.long

@@ -19,7 +19,6 @@ from checkout import ROOT
 from paper_runs import (
     RECIPE,
     Running,
-    assert_same,
     checkpoint_of,
     evaluate_command,
     finish,
@@ -31,6 +30,7 @@ from paper_runs import (
     write_features,
 )
 from PIL import Image
+from same_bits import assert_same
 from scipy.linalg import sqrtm
 from torch.distributed.run import get_args_parser
 

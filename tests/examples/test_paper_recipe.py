@@ -19,7 +19,6 @@ from paper_runs import (
     EXPERIMENTS,
     RECIPE,
     TINY,
-    assert_same,
     checkpoint_of,
     evaluate_command,
     log_of,
@@ -29,6 +28,7 @@ from paper_runs import (
     write_teacher,
 )
 from PIL import Image
+from same_bits import assert_same
 
 import analytic_precond as ap
 

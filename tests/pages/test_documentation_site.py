@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import alone
 from checkout import ROOT
 from stand_in_torchvision import working_torchvision
 
@@ -48,12 +49,8 @@ NUMBER = re.compile(r"-?\d+(?:\.(\d+))?(?:e([-+]\d+))?")
 def _quiet_corner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pages write files, draw random numbers and run networks too small for threads."""
     monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with alone():
         yield
-    torch.set_num_threads(threads)
 
 
 def run_page(name: str, namespace: dict[str, Any], **replaced: str) -> None:

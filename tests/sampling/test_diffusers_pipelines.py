@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import alone
 from torch import Generator, Tensor
 
 import analytic_precond as ap
@@ -26,12 +27,8 @@ FEW = {"num_inference_steps": 2}  # levels 0 and 2
 
 @pytest.fixture(autouse=True)
 def _alone() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with alone():
         yield
-    torch.set_num_threads(threads)
 
 
 def analytic(low: float = 0.03, high: float = 200.0) -> ap.AnalyticPreconditioning:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from alone import alone
 from checkout import DOCS
 from torch import Tensor, nn
 
@@ -26,12 +27,8 @@ def quiet_corner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     """Pages write files, draw random numbers and run networks too small for threads."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ap, "estimate_statistics", functools.partial(ap.estimate_statistics, progress=False))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with alone():
         yield
-    torch.set_num_threads(threads)
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
