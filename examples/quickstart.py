@@ -95,7 +95,7 @@ def train_teacher(patches: Tensor, sigma_data: float, steps: int = 800, batch_si
     """Train by denoising score matching with EDM's weighting; its log-normal noise levels reach from 0.01 to 80."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        teacher = NetworkTeacher(UNet(), sigma_data)
+        teacher = NetworkTeacher(UNet(), sigma_data).to(patches.device)
     optimizer = torch.optim.Adam(teacher.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps, pct_start=0.05)
     generator = torch.Generator().manual_seed(0)
@@ -103,8 +103,8 @@ def train_teacher(patches: Tensor, sigma_data: float, steps: int = 800, batch_si
     bar = trange(steps, desc="training the network", unit=" steps")
     for _ in bar:
         x_0 = patches[torch.randint(len(patches), (batch_size,), generator=generator)]
-        t = (2.2 * torch.randn(batch_size, generator=generator)).exp()
-        x_t = x_0 + ap.expand_to(t, x_0) * torch.randn(x_0.shape, generator=generator)
+        t = (2.2 * torch.randn(batch_size, generator=generator)).exp().to(patches)
+        x_t = x_0 + ap.expand_to(t, x_0) * torch.randn(x_0.shape, generator=generator).to(patches)
         weight = ap.expand_to(teacher.edm(t).c_out ** -2, x_0)
         loss = (weight * (teacher(x_t, t) - x_0) ** 2).mean()
         optimizer.zero_grad()

@@ -3,7 +3,8 @@
     python examples/benchmarks/gpu.py
 
 Prints the teacher passes per second of the estimator beside those of a bare loop at the same batch size, the time of
-`hutchinson` + `jvp` at the default estimator's standard error, and a training step's with Analytic-Precond and CTM.
+`hutchinson` + `jvp` at the default estimator's standard error, and what coefficients, students, losses and a training
+step take with Analytic-Precond and CTM.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import analytic_precond as ap
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from coefficients import compare_without_networks
 from estimators import compare_speed
 from quickstart import NetworkTeacher, UNet, load_patches, train_teacher
 from training_step import compare_steps
@@ -85,8 +87,11 @@ def main() -> None:
 
     print("\nestimators, of the quickstart's network (target: 4 times as long at equal standard error)")
     patches = load_patches()
-    teacher = train_teacher(patches, patches.std().item(), steps=2 if tiny else 200).requires_grad_(False)
-    compare_speed(teacher.to(device), patches, 16 if tiny else 4096, rounds)
+    teacher = train_teacher(patches.to(device), patches.std().item(), steps=2 if tiny else 200).requires_grad_(False)
+    compare_speed(teacher, patches, 16 if tiny else 4096, rounds)
+
+    print("\naround the networks")
+    compare_without_networks(device, 1 if tiny else 10 * rounds, *((4, 8) if tiny else ()))
 
     print("\ntraining step")
     compare_steps(device, rounds if tiny else 30, *((8, 2) if tiny else ()))

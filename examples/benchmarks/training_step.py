@@ -81,13 +81,13 @@ def compare_steps(device: torch.device, rounds: int, width: int = 56, batch_size
         steps = [make_step(wrap(student), batch) for student in students]
         ctm, ours = median_times(steps, rounds, device)
         print(f"{mode}: CTM {ctm:.2f} ms, Analytic-Precond {ours:.2f} ms, ratio {ours / ctm:.4f}")
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            steps[1]()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        print("no host synchronisation in the step")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                steps[1]()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            print(f"no host synchronisation in the {mode} step")
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ class PositionalEmbedding(nn.Module):
 class Block(nn.Module):
     """As EDM's UNetBlock: its dropout is a number, and its weights are cast to the input's dtype."""
 
-    def __init__(self, dropout: float) -> None:
+    def __init__(self, dropout: float, width: int = WIDTH) -> None:
         super().__init__()
         self.dropout = dropout
-        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         x = dropout(silu(x + emb[:, :, None, None].to(x.dtype)), self.dropout, self.training)
@@ -33,14 +33,17 @@ class Block(nn.Module):
 class SongUNet(nn.Module):
     """As training/networks.py: network(x, noise_labels, class_labels, augment_labels=None)."""
 
-    def __init__(self, augment: bool = True, dropout: float = 0.0, label_dim: int = 0) -> None:
+    def __init__(
+        self, augment: bool = True, dropout: float = 0.0, label_dim: int = 0, width: int = WIDTH, depth: int = 1
+    ) -> None:
         super().__init__()
         self.map_noise = PositionalEmbedding()
         self.map_label = nn.Linear(label_dim, WIDTH, bias=False) if label_dim else None
         self.map_augment = nn.Linear(9, WIDTH, bias=False) if augment else None
-        self.map_layer0, self.map_layer1 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.enter, self.block = nn.Conv2d(3, WIDTH, 3, padding=1), Block(dropout)
-        self.exit = nn.Conv2d(WIDTH, 3, 3, padding=1)
+        self.map_layer0, self.map_layer1 = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, width)
+        self.enter = nn.Conv2d(3, width, 3, padding=1)
+        self.blocks = nn.ModuleList(Block(dropout, width) for _ in range(depth))
+        self.exit = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(
         self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None = None
@@ -51,7 +54,10 @@ class SongUNet(nn.Module):
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = self.map_layer1(silu(self.map_layer0(emb)))
-        return self.exit(silu(self.block(self.enter(x), emb)))
+        h = self.enter(x)
+        for block in self.blocks:
+            h = block(h, emb)
+        return self.exit(silu(h))
 
 
 class DhariwalUNet(nn.Module):

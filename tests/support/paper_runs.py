@@ -33,13 +33,14 @@ TINY = (
 ).split()
 
 
-def write_teacher(path: Path, experiment: str) -> Path:
+def write_teacher(path: Path, experiment: str, size: int = 8, **network: int) -> Path:
     """Pickle a network as EDM's are: of another architecture for ImageNet, with classes where there are some."""
     label_dim = CLASSES if experiment in ("cifar10_conditional", "imagenet64") else 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = DhariwalUNet(label_dim) if experiment == "imagenet64" else SongUNet(label_dim=label_dim)
-        path.write_bytes(pickle.dumps({"ema": EDMPrecond(model, label_dim=label_dim), "loss_fn": None}))
+        kind = DhariwalUNet if experiment == "imagenet64" else SongUNet
+        net = EDMPrecond(kind(label_dim=label_dim, **network), label_dim=label_dim, img_resolution=size)
+        path.write_bytes(pickle.dumps({"ema": net, "loss_fn": None}))
     return path
 
 
