@@ -6,12 +6,14 @@ All processes must see the folder: on several machines it lies on a file system 
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from preconditionings import file_of
 from settings import differences
 
@@ -58,13 +60,18 @@ class RunFolder:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
-        self.checkpoint = path / "checkpoint.pt"
+        self.checkpoint, self.lock = path / "checkpoint.pt", FileLock(path / ".lock")
 
     def open(self) -> None:
-        """Make the folder, or refuse one of other settings."""
+        """Make the folder, or refuse one of other settings, and one that another run is writing to."""
         kept = self.path / "settings.json"
         if kept.exists():
-            before = json.loads(kept.read_text())
+            try:
+                before = dict(json.loads(kept.read_text()))
+            except (OSError, ValueError, TypeError) as error:
+                raise SystemExit(
+                    f"--output: expected settings of examples/paper/train.py, got {kept}: {error}; take another folder"
+                ) from error
             if other := differences(before, self.settings):
                 raise SystemExit(
                     f"--output: {self.path} is of a run with other settings ({other}): choose another folder"
@@ -72,7 +79,15 @@ class RunFolder:
         elif self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
             raise SystemExit(f"--output: {self.path} holds other files: choose a new folder")
         self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.lock.acquire(timeout=0)  # until it is closed, or this process ends in any way
+        except Timeout:
+            raise SystemExit(f"--output: another run is writing to {self.path}: wait for it, or stop it") from None
         save_text(kept, json.dumps(self.settings, indent=2) + "\n")
+
+    def close(self) -> None:
+        """Let others write to the folder."""
+        self.lock.release()
 
     def resume(self, parts: dict[str, Any]) -> int:
         """Load what a checkpoint holds, if there is one; return how many iterations are done."""
@@ -81,9 +96,12 @@ class RunFolder:
         state = load(self.checkpoint)
         if other := differences(state["settings"], self.settings):
             raise SystemExit(f"{self.checkpoint} is of a run with other settings ({other}): choose another --output")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state["iteration"]
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            return int(state["iteration"])
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise SystemExit(f"{self.checkpoint} does not fit this run: {error}; choose another --output") from error
 
     def keep(self, iteration: int, parts: dict[str, Any]) -> None:
         """Write the checkpoint: all that the next iteration depends on, as what is drawn depends on its number."""
@@ -103,9 +121,10 @@ class RunFolder:
         save(state, self.path / f"snapshot-{iteration:09d}.pt")
 
     def write_log(self, line: dict[str, Any]) -> None:
-        """Add a line to the log."""
+        """Add a line to the log; JSON has no word for numbers that are not finite."""
+        finite = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with (self.path / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
     def cut_log(self, iteration: int) -> None:
         """Drop the lines of iterations that come again."""

@@ -50,7 +50,7 @@ class ImageArchive(Dataset):
     def _classes(self) -> Tensor:
         """Return the class of each image, from dataset.json."""
         wanted = (
-            f"the teacher has {self.label_dim} classes, so that --data needs a dataset.json with a label of each image"
+            f"--data: the teacher has {self.label_dim} classes, which need a dataset.json with a label of each image"
         )
         try:
             labels = json.loads(self.archive.read("dataset.json"))["labels"]

@@ -120,8 +120,8 @@ def evaluate(args: argparse.Namespace, processes: Processes) -> None:
         if args.inception and args.num_samples < 2:
             raise SystemExit("--num-samples must be at least 2 for an FID, got 1: a covariance needs two")
         paths = chosen(args.run, args.snapshots)
-        reference = load_reference(args.reference) if args.reference else None
         inception = load_inception(args.inception, processes.device) if args.inception else None
+        reference = load_reference(args.reference, inception, processes.device) if args.reference else None
         processes.say(WARNING.format("the teacher's file"))
     for path in paths:
         with processes.together():

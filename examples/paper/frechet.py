@@ -31,7 +31,9 @@ def load_inception(weights: Path, device: torch.device) -> nn.Module:
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(weights)
         )
     except Exception as error:  # of torch and of the package, which checks nothing
-        raise SystemExit(f"--inception: {weights} is no file of torch-fidelity's weights: {error}") from error
+        raise SystemExit(
+            f"--inception: {weights} is no file of torch-fidelity's weights: {str(error)[:200]}"
+        ) from error
     return network.to(device).eval()
 
 
@@ -80,12 +82,20 @@ def frechet_distance(
     return float(np.square(mean - mean_ref).sum() + np.trace(covariance) + np.trace(covariance_ref) - 2 * overlap)
 
 
-def load_reference(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean and the covariance of EDM's reference file, made by its ``fid.py ref``."""
+@torch.no_grad()
+def load_reference(path: Path, network: nn.Module, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the covariance of EDM's reference file, made by its ``fid.py ref``, of the network's size."""
+    (features,) = network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8, device=device))
+    size = features.shape[1]
     try:
         with np.load(path) as file:
-            return file["mu"], file["sigma"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            mean, covariance = file["mu"], file["sigma"]
+        if mean.shape != (size,) or covariance.shape != (size, size):
+            raise ValueError(f"shapes {mean.shape} and {covariance.shape} for {size} features")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("values that are not finite")
+        return mean, covariance
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise SystemExit(
             f"--reference: expected an npz file with mu and sigma, as EDM's fid.py ref writes, got {path}: {error}"
         ) from error

@@ -68,6 +68,11 @@ class Training:
         averages = {f"average_{decay}": average for decay, average in self.averages.items()}
         return {"student": self.student, "optimizer": self.optimizer, "scaler": self.scaler, **averages}
 
+    def is_finite(self) -> bool:
+        """Whether the student's weights are numbers; waits for the device."""
+        norms = torch._foreach_norm([p.detach() for p in self.student.parameters()])
+        return bool(torch.stack(norms).isfinite().all())
+
     def step(self, iteration: int, images: Tensor, labels: Tensor | None) -> Tensor:
         """Train on a process's share of a batch; return `LOGGED`, without waiting for the device."""
         torch.manual_seed(seed_for(self.seed, iteration, self.rank, DROPOUT))

@@ -12,6 +12,7 @@ import argparse
 import os
 import resource
 import time
+from contextlib import closing
 from pathlib import Path
 
 import preconditionings
@@ -22,10 +23,15 @@ from iteration import LOGGED, OPTIMIZERS, Distance, Training
 from networks import WARNING, load_teacher, make_student
 from plan import print_plan
 from processes import Processes
-from settings import PRECISIONS, Settings, experiment_of, fingerprint, positive, share_of_batch
+from settings import PRECISIONS, Settings, experiment_of, fingerprint, positive, positive_number, share_of_batch
 from tqdm import tqdm
 
 import analytic_precond as ap
+
+DIVERGED = (
+    "the {} around iteration {}: lower the learning rate, or take --precision bf16 or fp32; {} holds the last "
+    "state that was kept"
+)
 
 
 def arguments() -> argparse.Namespace:
@@ -57,8 +63,18 @@ def arguments() -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda"), help="where to compute (GPUs where there are any)")
     add("--plan", action="store_true", help="say what the run will cost, and stop")
     add("--cards", type=positive, help="for --plan (the paper's number)")
-    add("--peak-tflops", type=float, default=312.0, help="of a card, for --plan (312, an A100's or A800's in fp16)")
-    add("--utilisation", type=float, default=0.15, help="of that peak, for --plan (0.15, what the paper's days mean)")
+    add(
+        "--peak-tflops",
+        type=positive_number,
+        default=312.0,
+        help="of a card, for --plan (312, an A100's or A800's in fp16)",
+    )
+    add(
+        "--utilisation",
+        type=positive_number,
+        default=0.15,
+        help="of that peak, for --plan (0.15, what the paper's days mean)",
+    )
     return parser.parse_args()
 
 
@@ -108,21 +124,26 @@ def train(args: argparse.Namespace, processes: Processes) -> None:
         net = load_teacher(args.teacher, settings.experiment).to(processes.device)
         distance = distance_of(settings.experiment, args.backbone, processes.device)
         images = ImageArchive(args.data, net.img_resolution, net.label_dim)
-        written = settings.written(teacher=fingerprint(args.teacher), data=images.fingerprint)
+        backbone = fingerprint(args.backbone) if settings.experiment.distance == "lpips" else ""
+        written = settings.written(
+            teacher=fingerprint(args.teacher), data=images.fingerprint, backbone=backbone, batch_gpu=str(batch_gpu)
+        )
         folder = RunFolder(args.output, written)
-    with processes.together():
-        if processes.rank == 0:
-            folder.open()
-    teacher = ap.denoiser_from_edm(net)
-    precond = preconditionings.prepare(settings, teacher, float(net.sigma_data), images, args.output, processes)
-    with processes.together():
-        student = make_student(net, precond, settings.experiment, args.seed).to(processes.device)
-        training = Training(teacher, student, distance, settings, processes, batch_gpu)
-        first = folder.resume(training.parts())
-    with processes.together():
-        if processes.rank == 0:
-            folder.cut_log(first)
-    run(args, training, Batches(images, settings.experiment.batch_size, args.seed), share, folder, first, processes)
+    with closing(folder):
+        with processes.together():
+            if processes.rank == 0:
+                folder.open()
+        teacher = ap.denoiser_from_edm(net)
+        precond = preconditionings.prepare(settings, teacher, float(net.sigma_data), images, args.output, processes)
+        with processes.together():
+            student = make_student(net, precond, settings.experiment, args.seed).to(processes.device)
+            training = Training(teacher, student, distance, settings, processes, batch_gpu)
+            first = folder.resume(training.parts())
+        with processes.together():
+            if processes.rank == 0:
+                folder.cut_log(first)
+        batches = Batches(images, settings.experiment.batch_size, args.seed)
+        run(args, training, batches, share, folder, first, processes)
 
 
 def run(
@@ -153,14 +174,13 @@ def run(
                     folder.write_log(line)
             bar.set_postfix(loss=f"{line['loss']:.4g}", images=f"{line['images_per_second']:.3g}/s", refresh=False)
             if not line["trajectory_loss"] < float("inf"):
-                raise SystemExit(
-                    f"the loss is {line['trajectory_loss']} around iteration {done}: lower the learning rate, or take "
-                    f"--precision bf16 or fp32; {folder.checkpoint} holds the last state that was kept"
-                )
+                raise SystemExit(DIVERGED.format(f"loss is {line['trajectory_loss']}", done, folder.checkpoint))
         keep = done % args.save_every == 0 or done == last
         if keep or done % args.snapshot_every == 0:
             with processes.together():
                 if processes.rank == 0:
+                    if not training.is_finite():
+                        raise SystemExit(DIVERGED.format("student is not finite", done, folder.checkpoint))
                     if done % args.snapshot_every == 0 or done == last:
                         folder.snapshot(done, training.average)
                     if keep:  # after the snapshot, which an interruption in between would lose

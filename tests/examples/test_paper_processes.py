@@ -57,6 +57,7 @@ def test_all_experiments_on_two_processes(
     lines = log_of(tmp_path / "run")
     assert [line["iteration"] for line in lines] == [1, 2]
     assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert all("NaN" not in line for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     assert {line["scale"] for line in lines} == {65536.0 if precision == "fp16" else 1.0}
     state = checkpoint_of(tmp_path / "run")
     assert state["settings"]["precision"] == precision
@@ -109,7 +110,7 @@ def test_a_full_disk_stops_all_with_the_last_checkpoint_kept(tmp_path: Path) -> 
         assert "cannot be written" in output
         assert "Make room, and start again" in output
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob(".*.tmp"))
     train(tmp_path, *options, processes=2)
     assert checkpoint_of(tmp_path / "run")["iteration"] == 4
 

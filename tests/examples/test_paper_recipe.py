@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from paper_runs import (
     CLASSES,
     EXPERIMENTS,
@@ -219,7 +220,11 @@ BAD = {
     "batch": (["--batch-gpu", "3"], (), "--batch-gpu must divide a process's share of the batch, 8 images, got 3"),
     "no data": (["--data", "nofile.zip"], (), "--data: expected a zip file of EDM's dataset_tool.py, got nofile.zip"),
     "no zip": (["--data", "TEACHER"], (), "--data: expected a zip file of EDM's dataset_tool.py"),
-    "no labels": (["--data", "UNLABELLED"], (), "needs a dataset.json with a label of each image"),
+    "no labels": (
+        ["--data", "UNLABELLED"],
+        (),
+        "--data: the teacher has 5 classes, which need a dataset.json with a label of each image",
+    ),
     "null labels": (["--data", "NULL"], (), "got one without labels"),
     "strange labels": (["--data", "STRANGE"], (), "from 0 to 4, got 7"),
     "other images": (["--data", "LARGE"], (), "expected images of 8 pixels, the teacher's, got .* with 16x16"),
@@ -271,6 +276,91 @@ def test_a_folder_of_other_settings_is_refused_and_left_as_it_is(tmp_path: Path,
         here(train_command(tmp_path, "cifar10_unconditional", output="other"))
 
 
+def test_passes_of_another_size_are_other_settings(tmp_path: Path, here: Any) -> None:
+    options = ("cifar10_unconditional", "--precision", "fp32", "--preconditioning", "ctm")
+    here(train_command(tmp_path, *options, "--batch-gpu", 4, changes=("iterations=1",)))
+    with pytest.raises(SystemExit, match=r"other settings \(batch_gpu 4 there, 2 now\)"):
+        here(train_command(tmp_path, *options, "--batch-gpu", 2))
+    here(train_command(tmp_path, *options, "--batch-gpu", 4))
+
+
+def test_a_folder_is_written_to_by_one_run_at_a_time(tmp_path: Path, here: Any) -> None:
+    command = train_command(tmp_path, "cifar10_unconditional", "--precision", "fp32", "--preconditioning", "ctm")
+    (tmp_path / "run").mkdir()
+    with FileLock(tmp_path / "run" / ".lock"), pytest.raises(SystemExit, match=r"another run is writing to .*run"):
+        here(command)
+    assert [path.name for path in (tmp_path / "run").iterdir()] in ([".lock"], [])
+    here(command)  # the other has ended: wait for it
+
+
+def test_damaged_files_of_a_run_are_named(tmp_path: Path, here: Any) -> None:
+    command = train_command(tmp_path, "cifar10_unconditional", "--precision", "fp32", "--preconditioning", "ctm")
+    here(command)
+    checkpoint, settings = tmp_path / "run" / "checkpoint.pt", tmp_path / "run" / "settings.json"
+    state, text = torch.load(checkpoint), settings.read_text()
+    for damaged in ({name: state[name] for name in state if name != "optimizer"}, state | {"student": {}}):
+        torch.save(damaged, checkpoint)
+        with pytest.raises(SystemExit, match=r"checkpoint.pt does not fit this run"):
+            here(command)
+    for damage in ("{", "[1]", "null"):
+        settings.write_text(damage)
+        with pytest.raises(SystemExit, match=r"--output: expected settings of .*settings.json"):
+            here(command)
+        assert settings.read_text() == damage
+    settings.write_text(text)
+
+
+def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path, here: Any) -> None:
+    options = ("cifar10_unconditional", "--precision", "fp32", "--preconditioning", "ctm", "--save-every", 1)
+    changes = ("iterations=1", "learning_rate=inf")
+    with pytest.raises(SystemExit, match=r"the student is not finite around iteration 1: lower the learning rate"):
+        here(train_command(tmp_path, *options, changes=changes))
+    assert not list((tmp_path / "run").glob("*.pt"))
+
+
+def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path, load: Any) -> None:
+    folder = load("checkpoints").RunFolder(tmp_path, {})
+    folder.write_log({"iteration": 1, "gradient_norm": float("nan"), "scale": float("inf")})
+    assert log_of(tmp_path) == [{"iteration": 1, "gradient_norm": None, "scale": None}]
+
+
+@pytest.mark.parametrize("option", ["--utilisation", "--peak-tflops"])
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "much"])
+def test_a_plan_needs_positive_numbers(
+    option: str, value: str, tmp_path: Path, here: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        here(train_command(tmp_path, "cifar10_unconditional", "--plan", f"{option}={value}"))
+    assert f"expected a positive number, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "message"),
+    [
+        (np.zeros(3), np.eye(3), r"shapes \(3,\) and \(3, 3\) for 4 features"),
+        (np.zeros(4), np.ones(4), r"shapes \(4,\) and \(4,\) for 4 features"),
+        (np.zeros(4), np.full((4, 4), np.nan), "not finite"),
+        (np.zeros(4), None, "sigma"),
+    ],
+)
+def test_references_must_fit_the_network(
+    mean: np.ndarray, covariance: np.ndarray | None, message: str, tmp_path: Path, load: Any
+) -> None:
+    def network(images: torch.Tensor) -> tuple[torch.Tensor]:
+        return (torch.ones(len(images), 4),)
+
+    arrays = {"mu": mean, "sigma": covariance}
+    np.savez(tmp_path / "ref.npz", **{name: array for name, array in arrays.items() if array is not None})
+    read = load("frechet").load_reference
+    with pytest.raises(SystemExit, match=rf"--reference: expected an npz file .*{message}"):
+        read(tmp_path / "ref.npz", network, torch.device("cpu"))
+    np.save(tmp_path / "mean.npy", mean)
+    with pytest.raises(SystemExit, match="--reference: expected an npz file"):
+        read(tmp_path / "mean.npy", network, torch.device("cpu"))
+    np.savez(tmp_path / "good.npz", mu=np.zeros(4), sigma=np.eye(4))
+    assert read(tmp_path / "good.npz", network, torch.device("cpu"))[1].trace() == 4
+
+
 def test_evaluation_refuses_what_it_cannot_do(tmp_path: Path, here: Any) -> None:
     with pytest.raises(SystemExit, match="with snapshots, found none in"):
         here(evaluate_command(tmp_path))
@@ -281,10 +371,7 @@ def test_evaluation_refuses_what_it_cannot_do(tmp_path: Path, here: Any) -> None
     here(train_command(tmp_path, "cifar10_unconditional", "--precision", "fp32", "--preconditioning", "ctm"))
     with pytest.raises(SystemExit, match=r"expected last, all or some of \[2, 4\], got 3"):
         here(evaluate_command(tmp_path / "run", "--snapshots", 3))
-    (tmp_path / "ref.npz").write_bytes(b"nothing")
     files = ["--reference", tmp_path / "ref.npz", "--inception", tmp_path / "inception.pth"]
-    with pytest.raises(SystemExit, match="--reference: expected an npz file with mu and sigma"):
-        here(evaluate_command(tmp_path / "run", *files))
     np.savez(tmp_path / "ref.npz", mu=np.zeros(4), sigma=np.eye(4))
     with pytest.raises(SystemExit, match=r"--inception: expected weights-inception.*no file"):
         here(evaluate_command(tmp_path / "run", *files))
