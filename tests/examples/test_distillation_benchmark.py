@@ -18,6 +18,8 @@ import pytest
 import torch
 from checkout import BENCHMARKS
 
+import analytic_precond as ap
+
 pytest.importorskip("skimage", reason="the benchmark's photographs are scikit-image's")
 
 FOLDER = BENCHMARKS / "distillation"
@@ -147,6 +149,31 @@ def test_frechet_distance_of_diagonal_normals(load: object) -> None:
     y = torch.tensor([1.0, 0.0]).double(), torch.diag(torch.tensor([1.0, 1.0])).double()
     # |m - m'|^2 + sum (sqrt(c) - sqrt(c'))^2
     assert metrics.frechet_distance(x, y) == pytest.approx(4.0 + 1.0 + 4.0, rel=1e-12)
+
+
+def test_annealed_jumps_go_from_one_preconditioning_to_another(load: object) -> None:
+    class AskedBelow(ap.CTMPreconditioning):
+        told_lower_level = True
+
+        def network_level(self, t: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+            return (t * s) ** 0.5
+
+    annealed: ModuleType = load("annealed")
+    start, end = AskedBelow("variance"), ap.CTMPreconditioning()
+    precond = annealed.AnnealedPreconditioning(start, end)
+    student = ap.ConsistencyTrajectoryModel(torch.nn.Identity(), precond)
+    average = ap.exponential_moving_average(student, 0.9)
+    t, s = torch.tensor([80.0, 4.0, 1.0]), torch.tensor([0.002, 1.0, 1.0])
+    for progress, share in ((0.0, 0.0), (0.125, 0.5), (0.2, 0.8), (0.25, 1.0), (1.0, 1.0)):
+        for model in (student, average):
+            annealed.anneal(model, progress)
+            found = next(m for m in model.modules() if isinstance(m, annealed.AnnealedPreconditioning))
+            for c, first, last in zip(found(t, s), start(t, s), end(t, s), strict=True):
+                torch.testing.assert_close(c, (1 - share) * first + share * last)
+            # q = sqrt(t s) at first, t at last: the exponents of t and s in between
+            torch.testing.assert_close(found.network_level(t, s), t ** (0.5 + share / 2) * s ** (0.5 - share / 2))
+    torch.testing.assert_close(precond(t, t).c_skip, torch.ones(3))
+    assert (precond.sigma_min, precond.sigma_max) == (start.sigma_min, start.sigma_max)
 
 
 def plateau_run(module: ModuleType, sizes: ModuleType, method: str, seed: int, values: dict[float, float]) -> object:

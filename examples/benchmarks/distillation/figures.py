@@ -39,6 +39,7 @@ STYLES = {
     "least-squares": ("#E69F00", "-"),
     "per-mode-dct": ("#CC79A7", "-"),
     "shifted": ("#D55E00", "-"),
+    "annealed": ("#D55E00", "--"),
     "per-mode-pca": ("#CC79A7", "--"),
     "cm": ("#009E73", "-"),
     "cm-shifted": ("#009E73", "--"),

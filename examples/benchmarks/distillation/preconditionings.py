@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from annealed import AnnealedPreconditioning
 from configurations import Configuration
 from networks import NetworkTeacher
 from safetensors.torch import load_file
@@ -64,6 +65,12 @@ def _shifted(path: Path, sigma_data: float) -> ap.Preconditioning:
     return ap.ShiftedPreconditioning.load(path)
 
 
+def _annealed(path: Path, sigma_data: float) -> ap.Preconditioning:
+    statistics = ap.TeacherStatistics.load(path.with_stem("statistics"))
+    end = ap.AnalyticPreconditioning(statistics, sigma_data=sigma_data)
+    return AnnealedPreconditioning(_shifted(path, sigma_data), end)
+
+
 def _cm(path: Path, sigma_data: float) -> ap.Preconditioning:
     return ap.CMPreconditioning(sigma_data=sigma_data)
 
@@ -80,6 +87,7 @@ METHODS = {
     "per-mode-dct": Method("least squares per DCT mode", _per_mode, "per_mode_dct"),
     "per-mode-pca": Method("least squares per PCA mode", _per_mode, "per_mode_pca"),
     "shifted": Method("shifted least squares", _shifted, "shifted"),
+    "annealed": Method("shifted, annealed", _annealed, "shifted"),
     "cm": Method("CM, EDM's", _cm, times=1),
     "cm-shifted": Method("CM, shifted least squares", _shifted, "shifted", times=1),
 }

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from annealed import anneal
 from configurations import Configuration, Run
 from metrics import STEPS, Evaluation, RandomFeatures
 from networks import student_network
@@ -102,6 +103,8 @@ def train(run: Run, config: Configuration, folder: Path, count: Callable[[int], 
             write_tensors(images, replace(run, iterations=iteration).path(folder).with_suffix(".safetensors"))
         if iteration == run.iterations:
             break
+        for model in (student, average):
+            anneal(model, iteration / problem.iterations)
         clock.start()
         x_0 = data[torch.randint(len(data), (config.batch_size,), generator=order).to(data.device)]
         noise = torch.randn(x_0.shape, generator=order).to(data.device)
