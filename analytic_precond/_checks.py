@@ -140,13 +140,21 @@ def check_choice(value: object, known: Iterable[str], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}.")
 
 
-def check_reached(reached: object, x: Tensor) -> None:
-    """Refuse a student's answer to ``x`` unless it is a tensor of the same shape."""
-    if not isinstance(reached, Tensor) or reached.shape != x.shape:
-        got = tuple(reached.shape) if isinstance(reached, Tensor) else type(reached).__name__
+def check_callable(value: object, name: str, call: str) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable as {call}, got {type(value).__name__}.")
+
+
+def check_answer(answer: object, x: Tensor, name: str) -> None:
+    """Refuse what a network, teacher or student returned for ``x``, unless it is a tensor of that shape."""
+    if not isinstance(answer, Tensor) or not answer.is_floating_point():
+        got = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
+        raise TypeError(f"the {name} must return a floating-point tensor, got {got}: unwrap it in a function.")
+    if answer.shape != x.shape:
         raise ValueError(
-            f"the student must return a tensor of x's shape {tuple(x.shape)}, got {got}: unwrap output objects, and "
-            f"drop extra channels, in a function around it."
+            f"the {name} must return x's shape {tuple(x.shape)}, got {tuple(answer.shape)}: drop extra channels in a "
+            f"function around it (adapters of networks drop a learned variance with learned_variance=True)."
         )
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from .._checks import check_callable, check_count
 from .._conditions import Condition
 from .._modules import Wrapper
 from .._precision import wide_dtype
@@ -96,8 +96,7 @@ def check_teacher(
         >>> check_teacher(GaussianDenoiser(0.25), 127.5 * data, progress=False).verdict
         'inconsistent'
     """
-    if not callable(denoiser):
-        raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
+    check_callable(denoiser, "denoiser", "denoiser(x, t)")
     if isinstance(data, Iterator):
         raise TypeError(f"data must be something to visit twice, got a {type(data).__name__}: pass list(data).")
     check_count(num_samples, 32, "num_samples", "Standard errors need groups of samples.")

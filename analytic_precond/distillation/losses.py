@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_device, check_level, check_positive, check_tensor
+from .._checks import all_true, check_callable, check_device, check_level, check_positive, check_tensor
 from .._conditions import Condition
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to
@@ -215,8 +215,7 @@ def _check(
     """Refuse bad arguments before any network is called."""
     check_data(x_0, noise)
     for student in students:
-        if not callable(student):
-            raise TypeError(f"student and target must be callable as student(x_t, t, s), got {type(student).__name__}.")
+        check_callable(student, "student and target", "student(x_t, t, s)")
     if not isinstance(times, JumpTimes):
         raise TypeError(
             f"times must be JumpTimes, got {type(times).__name__}: take sample_jump_times, or JumpTimes(t, u, s)."

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from .._checks import check_reached
+from .._checks import check_answer
 from .._conditions import Condition, plain
 
 StudentFunction = Callable[..., Tensor]
@@ -56,7 +56,7 @@ class StudentPasses:
 
     def _pass(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         reached = student(x, t, s, **self.condition)
-        check_reached(reached, x)
+        check_answer(reached, x, "student")
         return reached
 
     def jump_of_input(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:

@@ -32,17 +32,9 @@ _AT_ONCE = 1024  # elements: splines through 1200 levels then take 10 MB each, n
 class ElementTable(TableModule):
     r"""B-splines of $l$, $\ln L$ and $\ln (L S)$ in $\lambda = -\ln t$, of n elements.
 
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        l: The elements' linear coefficients. Shape ``(n, K)``.
-        ln_S: Returns the ln S of a slice of the elements, a function of lambda up to constants, whose results have the
-            shape ``(elements, *lambda.shape)``.
-        shape: The elements' shape, of n in all. Checkpoints of other shapes are refused.
-        advice: What to do about coefficients that are refused.
-
-    Raises:
-        ValueError: If an element's ln(L S) falls so far that its running integral would lose its digits, or is too
-            steep for it.
+    Made of l at the levels, ``(n, K)``, and of what returns the ln S of a slice of the elements, a function of lambda
+    up to constants. Refused, with the advice, where an element's ln(L S) falls so far that its running integral would
+    lose its digits, or is too steep for it; so are checkpoints of elements of another shape.
     """
 
     ends_in = "edges"

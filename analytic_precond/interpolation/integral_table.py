@@ -50,14 +50,8 @@ class PairIntegrals(NamedTuple):
 class IntegralTable(TableModule):
     r"""Piecewise polynomials of $l$, $\ln L$, $\ln S$ and $N$ in $\lambda = -\ln t$.
 
-    Args:
-        sigma_max: Noisiest level.
-        sigma_min: Cleanest level.
-        l: l as a function of lambda.
-        ln_S: ln S as a function of lambda, up to a constant.
-
-    Raises:
-        ValueError: If ln(L S) falls so far that the running integral would lose its digits, or is too steep for it.
+    Made of l and ln S, the latter up to a constant, as functions of lambda. Refused where ln(L S) falls so far that the
+    running integral would lose its digits, or is too steep for it.
     """
 
     ends_in = "ends"

@@ -16,15 +16,7 @@ Array = NDArray[np.float64]
 
 
 def spline(levels: Array, values: Array) -> Any:
-    """Return the interpolating spline in lambda (a ``scipy.interpolate.BSpline``) of values along the last axis.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        values: Values at the levels. Shape ``(..., K)``.
-
-    Returns:
-        A callable of lambda with ``derivative()`` and ``antiderivative()``, its result's shape ``(..., len(lambda))``.
-    """
+    """Return the interpolating spline in lambda, scipy's ``BSpline``, of values ``(..., K)`` at levels ``(K,)``."""
     from scipy.interpolate import make_interp_spline  # 0.1 s to import, and only needed to build tables
 
     return make_interp_spline(-np.log(levels), values, k=min(5, len(levels) - 1), axis=-1)
@@ -37,18 +29,11 @@ def derivative(levels: Array, values: Array) -> Array:
 
 
 def linear_coefficient(levels: Array, l: Array) -> Callable[[Array], Array]:
-    r"""Return $l_t$ between the levels, as a function of lambda.
+    r"""Return $l_t$ between the levels ``(K,)``, from its values at them, as a function of arrays of lambda.
 
     Where all values lie between 0 and 1, the spline goes through $\ln(l / (1 - l))$, which is nearly straight at both
     ends of the range: there l or 1 - l is proportional to $t^{\mp 2}$, and a spline through l itself has large relative
     errors.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        l: Values at the levels. Shape ``(K,)``.
-
-    Returns:
-        A function from any array of lambda to l of the same shape.
     """
     if not _is_logistic(l):
         through_values: Callable[[Array], Array] = spline(levels, l)
@@ -60,15 +45,7 @@ def linear_coefficient(levels: Array, l: Array) -> Callable[[Array], Array]:
 
 
 def linear_coefficients(levels: Array, l: Array) -> Callable[[Array], Array]:
-    """Return several l as a function of lambda, each interpolated as if it were the only one.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        l: Values at the levels. Shape ``(..., K)``.
-
-    Returns:
-        A function from any array of lambda to l, of shape ``(..., *lambda.shape)``.
-    """
+    """Return several l, ``(..., K)``, as a function of lambda, each interpolated as if it were the only one."""
     logistic = ((l > 0) & (l < 1)).all(-1)
     through = [(rows, linear_coefficient(levels, l[rows])) for rows in (logistic, ~logistic) if rows.any()]
 
@@ -93,17 +70,10 @@ def _is_logistic(l: Array) -> bool:
 
 
 def log_scale(levels: Array, g_rms: Array) -> Array:
-    r"""Return $\ln S$ at the levels from the remainder's RMS, $S = rms(g) / rms(g)|_{\lambda_T}$.
+    r"""Return $\ln S$, ``(..., K)``, at the levels from the remainder's RMS, $S = rms(g) / rms(g)|_{\lambda_T}$.
 
     Where the remainder vanishes ($g = 0$, s_t is 0/0 and defined as 0) resolved levels are joined linearly, and the
     outermost value goes on beyond them, so that S stays finite.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        g_rms: RMS of the remainder, zero where it is not resolved. Shape ``(..., K)``.
-
-    Returns:
-        ``ln S``, zero at the noisiest level. Shape ``(..., K)``.
     """
     lam = -np.log(levels)
     result = np.zeros_like(g_rms)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
+from .._checks import check_answer, check_callable, check_tensor
 from .._conditions import Condition, plain
 from .._modules import modules_of, network_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
@@ -134,8 +134,7 @@ class Velocity:
     @staticmethod
     def of(denoiser: Denoiser, x: Tensor, condition: Condition) -> Velocity:
         """Return the velocity for data that come as ``x`` does, once both are checked."""
-        if not callable(denoiser):
-            raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
+        check_callable(denoiser, "denoiser", "denoiser(x, t)")
         check_tensor(x, "x")
         if x.ndim == 0:
             raise ValueError("x must be a batch of shape (B, ...), got shape (): add dimensions.")
@@ -152,14 +151,7 @@ class Velocity:
         """Return x - D in x's dtype: t times the velocity."""
         own = (tensor.to(self.dtype, copy=True) for tensor in (x, t))  # the teacher may overwrite what it gets
         denoised = self.denoiser(*own, **plain(self.condition))
-        if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
-            got = denoised.dtype if isinstance(denoised, Tensor) else type(denoised).__name__
-            raise TypeError(f"the teacher must return a floating-point tensor, got {got}: unwrap its output.")
-        if denoised.shape != x.shape:
-            raise ValueError(
-                f"the teacher must return x's shape {tuple(x.shape)}, got {tuple(denoised.shape)}: drop extra channels "
-                f"(a learned variance?) in an adapter."
-            )
+        check_answer(denoised, x, "teacher")
         return x - denoised.to(x.dtype)
 
 

@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 from torch import Tensor
 
-from .._checks import check_level, check_not_negative
+from .._checks import check_callable, check_level, check_not_negative
 from ..preconditionings.base import ROUNDING
 from ..students.base import student_behind
 from ..students.consistency_models import ConsistencyModel
@@ -88,8 +88,7 @@ def check_jumps(student: object, jumps: Sequence[tuple[float, float]]) -> None:
         TypeError: If the student is not callable.
         ValueError: If a jump is out of the student's range.
     """
-    if not callable(student):
-        raise TypeError(f"student must be callable as student(x, t, s), got {type(student).__name__}.")
+    check_callable(student, "student", "student(x, t, s)")
     found = student_behind(student)
     if found is None:
         return

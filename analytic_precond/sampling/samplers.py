@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_reached, check_tensor
+from .._checks import check_answer, check_tensor
 from .._conditions import plain
 from ..students.base import default_range
 from .callbacks import Callback, SamplingStep, after
@@ -272,5 +272,5 @@ def _jump(student: Callable[..., Tensor], x: Tensor, t: float, s: float, conditi
     dtype = torch.promote_types(x.dtype, torch.float32)  # half precision cannot tell neighbouring levels apart
     levels = (torch.full((len(x),), level, dtype=dtype, device=x.device) for level in (t, s))
     reached = student(x, *levels, **condition)
-    check_reached(reached, x)
+    check_answer(reached, x, "student")
     return reached.to(x.dtype)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_answer, check_callable
 from .._conditions import plain
 from .._modules import NetworkWrapper, modules_of
 from ..noise_levels.network_scalings import DenoiserScalings, EDMPreconditioning
@@ -71,8 +72,7 @@ class Student(NetworkWrapper):
 
     def _build(self, network: Callable[..., Tensor], precond: Preconditioning, name: str) -> None:
         """Set what all students have; by itself, they are around a denoiser."""
-        if not callable(network):
-            raise TypeError(f"{name} must be callable, got {type(network).__name__}: pass an nn.Module.")
+        check_callable(network, name, f"{name}(x, time)" if name == "network" else f"{name}(x, t)")
         if isinstance(network, Student):
             raise TypeError(
                 f"{name} must not be a student, which jumps, got {type(network).__name__}: pass its denoise."
@@ -125,14 +125,17 @@ class Student(NetworkWrapper):
         wide = torch.promote_types(x.dtype, torch.float32)
         levels = tuple(level.to(wide) for level in levels)
         if self.edm is None:
-            return self._checked(self._ask_denoiser(x.to(wide), levels, plain(condition)), x, "denoiser").to(wide)
+            denoised: Tensor = self._ask_denoiser(x.to(wide), levels, plain(condition))
+            check_answer(denoised, x, "denoiser")
+            return denoised.to(wide)
         *factors, c_noise_t = self.scalings(levels[0])
         c_skip, c_out, c_in = (expand_to(c, x) for c in factors)
         dtype = self._network_dtype(x.dtype)
         told = torch.promote_types(dtype, torch.float32)  # float64 grids must not reach a float32 network's embedding
         c_noise = (c_noise_t, *((self.noise_conditioning or self.edm.c_noise)(level) for level in levels[1:]))
-        output = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **plain(condition))
-        return c_skip * x + c_out * self._checked(output, x, "network")
+        output: Tensor = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **plain(condition))
+        check_answer(output, x, "network")
+        return c_skip * x + c_out * output
 
     def _ask_denoiser(self, x: Tensor, levels: tuple[Tensor, ...], condition: dict[str, Any]) -> Tensor:
         """Call a denoiser with the levels, or with the first one and the network's time of the second."""
@@ -146,16 +149,6 @@ class Student(NetworkWrapper):
         # the denoiser may overwrite what it gets
         x, *levels_ = (v.clone() for v in (x if self._casts else x.to(own), *levels))
         output: Tensor = self.network(x, *levels_, **condition)
-        return output
-
-    @staticmethod
-    def _checked(output: object, x: Tensor, name: str) -> Tensor:
-        if not isinstance(output, Tensor) or output.shape != x.shape:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"the {name} must return x's shape {tuple(x.shape)}, got {got}: drop extra channels, and unwrap output "
-                f"objects, in an adapter around it."
-            )
         return output
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice
+from .._checks import check_answer, check_callable, check_choice
 from .._conditions import plain
 from .._modules import Wrapper
 from .._precision import place
@@ -72,8 +72,7 @@ def guide(
     """
     check_choice(formula, _FORMULAS, "formula")
     for name, value in (("denoiser", denoiser), ("unconditional", unconditional)):
-        if not callable(value):
-            raise TypeError(f"{name} must be callable as {name}(x, t), got {type(value).__name__}.")
+        check_callable(value, name, f"{name}(x, t)")
     if scale is not None and not callable(scale):
         _check_scale(scale, "scale")
     if isinstance(shared, str) or not isinstance(shared, Sequence) or not all(isinstance(name, str) for name in shared):
@@ -121,11 +120,8 @@ class GuidedDenoiser(Wrapper):
             )
         c = self.denoiser(x, t, **told)
         u = self.unconditional(x, t, **{name: told[name] for name in self.shared})
-        if c.shape != u.shape:
-            raise ValueError(
-                f"expected both denoisers to return x's shape {tuple(x.shape)}, got {tuple(c.shape)} and "
-                f"{tuple(u.shape)}."
-            )
+        check_answer(c, x, "denoiser")
+        check_answer(u, x, "unconditional denoiser")
         dtype = torch.promote_types(x.dtype, torch.float32)
         if isinstance(scale, Tensor):
             if scale.shape not in {(), (1,), x.shape[:1]}:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_tensor
+from .._checks import check_answer, check_callable, check_tensor
 from .._conditions import expanded, on_device, plain
 from .._modules import NetworkWrapper, modules_of
 from .._precision import wide_dtype
@@ -64,8 +64,7 @@ class NetworkDenoiser(NetworkWrapper):
         learned_variance: bool = False,
         time_dtype: torch.dtype | None = None,
     ) -> None:
-        if not callable(network):
-            raise TypeError(f"network must be callable as network(x, time), got {type(network).__name__}.")
+        check_callable(network, "network", "network(x, time)")
         super().__init__(network)
         self.scalings = scalings
         self.condition = dict(condition or {})
@@ -106,7 +105,7 @@ class NetworkDenoiser(NetworkWrapper):
         if c_noise.is_floating_point():  # times and embeddings lose their meaning in half precision
             c_noise = c_noise.to(self.time_dtype or torch.promote_types(z.dtype, torch.float32))
         try:
-            output = self.network(z, c_noise, **condition)
+            output: Tensor = self.network(z, c_noise, **condition)
         except TypeError as error:
             if any(phrase in str(error) for phrase in _CALL_ERRORS):
                 given = "".join(f", {name}=..." for name in condition)
@@ -116,16 +115,10 @@ class NetworkDenoiser(NetworkWrapper):
                     f"teacher."
                 ) from error
             raise
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            got = output.dtype if isinstance(output, Tensor) else type(output).__name__
-            raise TypeError(f"the network must return a floating-point tensor, got {got}: unwrap its output.")
-        if self.learned_variance and output.ndim == z.ndim > 1 and output.shape[1] == 2 * z.shape[1]:
+        may_be_twice = self.learned_variance and isinstance(output, Tensor) and output.ndim == z.ndim > 1
+        if may_be_twice and output.shape[1] == 2 * z.shape[1]:
             output = output[:, : z.shape[1]]
-        if output.shape != z.shape:
-            raise ValueError(
-                f"the network must return x's shape {tuple(z.shape)}, got {tuple(output.shape)}: check its number of "
-                f"channels; learned_variance=True drops a second half of them."
-            )
+        check_answer(output, z, "network")
         return output
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
