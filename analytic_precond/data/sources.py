@@ -41,15 +41,7 @@ class Batch(NamedTuple):
 
 
 def iterate_batches(data: object, num: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Yield ``num`` samples in batches of at most ``batch_size``, in the order of `open_source`.
-
-    Yields:
-        The batches.
-
-    Raises:
-        TypeError: If the source or what it yields is of another kind.
-        ValueError: If there are no data, or they are not finite.
-    """
+    """Yield ``num`` samples in batches of at most ``batch_size``, in the order of `open_source`."""
     source = open_source(data, batch_size, seed)
     yield from source.batches([(0, num)], batch_size)
     if source.shortage:
@@ -97,11 +89,7 @@ def open_source(data: object, batch_size: int, seed: int) -> IndexedSource | Str
 
 
 class IndexedSource:
-    """Samples that can be asked for by their index.
-
-    Attributes:
-        words: The data in words, as far as they can be told from others.
-    """
+    """Samples that can be asked for by their index; ``words`` tell the data from others, as far as they can."""
 
     shortage = ""  # they can be visited again and again
 
@@ -147,9 +135,7 @@ class IndexedSource:
 class StreamSource:
     """Samples that come in an order of their own, in batches of any size; ``batched`` if they surely are batches.
 
-    Attributes:
-        words: The data in words, as far as they can be told from others.
-        shortage: What to tell the user once the data have run out.
+    ``words`` tell the data from others, ``shortage`` is what to tell the user once they have run out.
     """
 
     def __init__(self, data: Iterable[object], seed: int, batched: bool) -> None:

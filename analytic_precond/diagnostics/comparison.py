@@ -59,7 +59,7 @@ class StatisticsComparison:
 
 
 def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> StatisticsComparison:
-    r"""Compare two estimates at each noise level, and the jumps that follow from them.
+    r"""Return how far two estimates at the same noise levels differ, and the jumps that follow from them.
 
     Each of m quantities has a difference $\delta$ and its standard error, that of two independent estimates:
 
@@ -70,13 +70,6 @@ def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> S
     the groups of the smaller estimate, and a chance of $0.01 / m$ each. However the m quantities are correlated, two
     independent estimates of one teacher are then said to differ in at most one case of a hundred. The noise of
     estimates with the same seed cancels in part: they differ by less than the errors say.
-
-    Args:
-        first: Statistics.
-        second: Statistics at the same levels, by whatever estimators, of whatever teacher.
-
-    Returns:
-        The largest differences, and whether they may be sampling noise.
 
     Raises:
         ValueError: If levels differ, there are too few samples for standard errors, or no jumps follow from the

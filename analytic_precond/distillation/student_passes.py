@@ -23,11 +23,8 @@ class StudentPasses:
     """Jumps of students ``student(x_t, t, s, **condition)`` that are to be compared.
 
     A layer may rewrite its weights in each pass in train mode (EDM2 normalises them), and autograd refuses a graph
-    whose weights were rewritten since. So the differentiated jump comes last, but for a jump of its result.
-
-    Args:
-        condition: Handed to every student.
-        share_dropout: Give all passes the same dropout masks, those of the differentiated one.
+    whose weights were rewritten since. So the differentiated jump comes last, but for a jump of its result. Shared
+    dropout masks are those of the differentiated jump.
     """
 
     def __init__(self, condition: Condition, share_dropout: bool) -> None:

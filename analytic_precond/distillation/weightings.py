@@ -104,17 +104,7 @@ class Loss:
 
 @dataclass
 class WeightedDistance:
-    """The distance of two batches, weighted by their noise levels.
-
-    Args:
-        distance: Maps two batches to one number per sample, shape ``(B,)``.
-        weighting: A name from ``WEIGHTINGS``, or a function of t, u, s and ``sigma_data``.
-        sigma_data: Standard deviation of the data, for the weighting.
-
-    Raises:
-        TypeError: If ``sigma_data`` is no number.
-        ValueError: If the weighting is unknown or ``sigma_data`` not positive.
-    """
+    """The distance of two batches, weighted by their noise levels; the arguments are those of the losses."""
 
     distance: Distance
     weighting: str | Weighting
@@ -127,17 +117,7 @@ class WeightedDistance:
         check_positive(self.sigma_data, "sigma_data")
 
     def __call__(self, estimate: Tensor, target: Tensor, **times: Tensor) -> Loss:
-        """Return the mean over the batch.
-
-        Args:
-            estimate: What is trained. Shape ``(B, ...)``.
-            target: What it should be. Shape of ``estimate``.
-            **times: The noise levels t, and u and s if there are. Shape ``(B,)``.
-
-        Raises:
-            ValueError: If the distance or the weighting returns another shape or (on the CPU) something that is not
-                finite.
-        """
+        """Return the mean over the batch; of the noise levels, shape ``(B,)``, there may be u and s beside t."""
         distances = self.distance(estimate, target)
         if not isinstance(distances, Tensor) or distances.shape != estimate.shape[:1]:
             raise ValueError(

@@ -67,12 +67,7 @@ def per_sample(level: Tensor | float, x: Tensor, name: str, *, zero: bool = Fals
 
 
 def pair_of_levels(t: Tensor | float, s: Tensor | float, own: torch.device | None, owner: str) -> tuple[Tensor, Tensor]:
-    """Return two levels of one shape, in the wide dtype, where the owner's tables are; without any, where levels are.
-
-    Raises:
-        TypeError: If one is no noise level.
-        ValueError: If they do not broadcast, or one is on another device than the tables, and not on the CPU.
-    """
+    """Return two levels of one shape in the wide dtype, where the owner's tables are; without any, where levels are."""
     device = own
     for level, name in ((t, "t"), (s, "s")):
         if isinstance(level, Tensor):

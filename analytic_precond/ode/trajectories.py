@@ -61,36 +61,14 @@ class Start(NamedTuple):
 
 
 def trajectory(denoiser: Denoiser, start: Start, levels: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield x and x - D(x, t) at each level. Shapes ``(B, ...)``, dtype of the start.
-
-    Args:
-        denoiser: The teacher.
-        start: Where the trajectories begin, at the first level.
-        levels: Decreasing noise levels.
-
-    Yields:
-        The state, and what the teacher takes off it.
-
-    Raises:
-        TypeError: If the teacher does not return a floating-point tensor.
-        ValueError: If it returns another shape.
-    """
+    """Yield x and x - D(x, t) at each of the decreasing levels. Shapes ``(B, ...)``, dtype of the start."""
     x = start.x
     velocity = Velocity.of(denoiser, x.to(start.dtype), start.condition)
     yield from solution(velocity, x, [x.new_full((len(x),), level) for level in levels])
 
 
 def solution(velocity: Velocity, x: Tensor, levels: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield x and x - D(x, t) at each level, which every sample may have of its own.
-
-    Args:
-        velocity: The teacher's.
-        x: The state at the first level, in the dtype to compute in. Shape ``(B, ...)``.
-        levels: Positive noise levels in that dtype. Shape ``(B,)`` each.
-
-    Yields:
-        The state, and what the teacher takes off it.
-    """
+    """Yield x and x - D(x, t) at each level, of shape ``(B,)`` and in x's dtype, which is computed in."""
     t, *lower = levels
     slopes = [velocity(x, t)]
     yield x, expand_to(t, x) * slopes[0]

@@ -18,18 +18,11 @@ Levels = Tensor | Sequence[float] | Sequence[int]
 
 
 def resolve_levels(levels: Levels, grid: Levels | None = None, sigma_min: float = 0.002) -> list[float]:
-    """Return noise levels from the noisiest to the cleanest.
+    """Return noise levels (floats), or those at indices (ints) into a grid, from the noisiest to the cleanest.
 
     Published codes write the same levels differently: consistency models give ascending indices that end with the
-    grid's last, diffusers descending ones without it, EDM's grids end with 0.
-
-    Args:
-        levels: Noise levels (floats, in a tensor or sequence) or indices (ints) into ``grid``, in either order.
-        grid: Noise levels that indices refer to, in either order.
-        sigma_min: The cleanest level that a jump may reach, which a final 0 stands for.
-
-    Returns:
-        Strictly decreasing levels; the last is at least ``sigma_min``, to float32 rounding, the first above it.
+    grid's last, diffusers descending ones without it, EDM's grids end with 0, which stands for ``sigma_min``. The last
+    level is at least that, to float32 rounding, the first above it.
 
     Raises:
         TypeError: If an argument does not hold numbers, or both indices and noise levels.
@@ -78,16 +71,7 @@ def is_cleanest(level: float, sigma_min: float) -> bool:
 
 
 def check_jumps(student: object, jumps: Sequence[tuple[float, float]]) -> None:
-    """Refuse jumps that a student's preconditioning does not make; of a plain function nothing is known.
-
-    Args:
-        student: A student, one inside a wrapper, or any function.
-        jumps: Pairs of levels t and s.
-
-    Raises:
-        TypeError: If the student is not callable.
-        ValueError: If a jump is out of the student's range.
-    """
+    """Refuse jumps (t, s) that a student's preconditioning does not make; of a plain function nothing is known."""
     check_callable(student, "student", "student(x, t, s)")
     found = student_behind(student)
     if found is None:

@@ -101,21 +101,7 @@ def draw_noise(
 
 
 def noise_source(x: Tensor, count: int, generator: Generators, noise: Tensor | None) -> Callable[[int], Tensor]:
-    """Return a function that gives a sampler its draws, by number, in ``x``'s shape, dtype and device.
-
-    Args:
-        x: The sampler's start. Shape ``(B, ...)``.
-        count: How many draws there are.
-        generator: As for `draw_noise`; untouched until the first draw.
-        noise: The draws themselves instead. Shape ``(count, B, ...)``.
-
-    Returns:
-        The function.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If both are given, or a wrong number of draws or generators.
-    """
+    """Return what gives a sampler its draws by number, like ``x``: of generators, untouched before, or of ``noise``."""
     if noise is None:
         _check_generators(generator, len(x))
         own = cache(lambda: _spread(generator, len(x), x.device))  # seeded at the first draw

@@ -29,14 +29,7 @@ NoiseConditioning = Callable[[Tensor], Tensor]
 
 
 class Student(NetworkWrapper):
-    """A preconditioning, and a raw network or a denoiser, called ``network`` in both cases.
-
-    Args:
-        network: The raw network.
-        precond: The jump's preconditioning on the denoiser.
-        sigma_data: Standard deviation of the data.
-        noise_conditioning: What the network is told of a noise level.
-    """
+    """A preconditioning, and a raw network or a denoiser, called ``network`` in both cases."""
 
     edm: EDMPreconditioning | None
     """EDM's scalings around the raw network; None where the network is a denoiser itself."""
@@ -95,20 +88,13 @@ class Student(NetworkWrapper):
 
     @property
     def default_range(self) -> tuple[float, float]:
-        """The cleanest and the noisiest level of the student's jumps where none are given.
-
-        That is what the preconditioning was made for, and a denoiser knows.
-        """
+        """The cleanest and the noisiest level where none are given: what the two are made for and know."""
         low, high = self.precond.default_range
         known = getattr(self.network, "noise_range", None) if self.edm is None else None
         return (low, high) if known is None else (max(low, known[0]), min(high, known[1]))
 
     def scalings(self, t: Tensor) -> DenoiserScalings:
-        """Return what makes the denoiser of the raw network at noise levels ``t``, in their dtype or a wider one.
-
-        Raises:
-            TypeError: If the student is around a denoiser that does not say.
-        """
+        """Return what makes the denoiser of the raw network at noise levels ``t``, in their dtype or a wider one."""
         if self.edm is None:
             inner = getattr(self.network, "scalings", None)
             if inner is None:

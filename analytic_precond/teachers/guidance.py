@@ -81,15 +81,7 @@ def guide(
 
 
 class GuidedDenoiser(Wrapper):
-    """What `guide` returns.
-
-    Args:
-        denoiser: The conditional denoiser.
-        unconditional: The unconditional denoiser.
-        scale: The guidance scale; None where calls say it.
-        offset: What the formula adds to the scale, so that 1 is the conditional denoiser.
-        shared: Names of the conditions that go to both.
-    """
+    """What `guide` returns; ``offset`` is what the formula adds to the scale, so that 1 is the conditional denoiser."""
 
     named_after = "denoiser"
 

@@ -19,15 +19,7 @@ from ..noise_levels.schedules import Schedule
 
 @dataclass(frozen=True)
 class PredictionScalings:
-    """The coefficients of `NetworkDenoiser` for what a network predicts under a schedule.
-
-    Args:
-        prediction: A name in `denoiser_from_network`.
-        schedule: The noise schedule.
-
-    Raises:
-        TypeError: If ``schedule`` is not a `Schedule`.
-        ValueError: If ``prediction`` is unknown.
+    """The coefficients of `NetworkDenoiser` for what a network predicts under a schedule: see `denoiser_from_network`.
 
     Examples:
         >>> from analytic_precond import EDMSchedule

@@ -22,14 +22,7 @@ Coefficients = Callable[[Any, Any], Any]
 
 
 class Jumps:
-    """The jumps of a preconditioning, or of any function of t and s, on the denoiser.
-
-    Args:
-        precond: It.
-        levels: Decreasing noise levels; None for its own range, or EDM's.
-        target: The one level that all jumps reach, if there is only one.
-        sigma_data: Given if the coefficients are those of a raw network inside EDM's denoiser.
-    """
+    """The jumps of a preconditioning, or of any function, on the denoiser: what `assert_preconditioning` is given."""
 
     def __init__(
         self, precond: Coefficients, levels: Tensor | None, target: float | None, sigma_data: float | None
