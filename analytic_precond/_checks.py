@@ -111,11 +111,16 @@ def check_count(value: object, minimum: int, name: str, advice: str = "") -> Non
         raise ValueError(f"{name} must be at least {minimum}, got {value}.{advice and ' ' + advice}")
 
 
-def check_positive(value: object, name: str) -> None:
-    """Refuse anything but a finite positive number."""
+def check_number(value: object, name: str) -> None:
+    """Refuse anything but one of Python's numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}): pass a Python float.")
-    if not 0 < value < float("inf"):
+
+
+def check_positive(value: object, name: str) -> None:
+    """Refuse anything but a finite positive number."""
+    check_number(value, name)
+    if not 0 < value < float("inf"):  # type: ignore[operator]  # it is a number
         raise ValueError(f"{name} must be positive and finite, got {value}.")
 
 

@@ -110,17 +110,10 @@ def sample_adjacent_times(batch: int, levels: Tensor, generator: torch.Generator
 
     $t = t_i$ with i uniform on $\{0, \dots, N - 2\}$, u the next level, s the last one.
 
-    Args:
-        batch: Number of samples B, at least 1.
-        levels: Noise levels, strictly decreasing, at least 2.
-        generator: Source of the random numbers. Default: torch's own.
+    The arguments and the errors are those of `sample_jump_times`.
 
     Returns:
         The times, with indices, in the levels' dtype and on their device.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If ``batch`` is below 1 or the levels do not decrease.
 
     Examples:
         >>> sample_adjacent_times(3, torch.tensor([2.0, 1.0])).u

@@ -165,25 +165,19 @@ def heun_solve_between(
 
     The teacher is called twice per step of the longest way, and evaluates ``2 * num_steps.sum()`` samples in all.
 
-    Args:
-        denoiser: The teacher $D$. What it holds itself must fit batches of any size: give per-sample conditions here.
-        x: Noisy data at levels ``t``. Shape ``(B, ...)``.
-        t: Noise levels to start from. Shape ``(B,)``, or one for all.
-        u: Noise levels to reach, positive and at most ``t``. Shape ``(B,)``, or one for all. Off the CPU, levels out
-            of range give NaN instead of an error.
-        num_steps: Steps for each sample, at least 1; also where u = t, which changes nothing. Integers of shape
-            ``(B,)``, or one for all. Their values are read: keep them on the CPU to avoid a synchronisation.
-        rho: Exponent of the spacing, positive; large values take more steps at small noise.
-        dtype: As for `heun_solve`.
-        **condition: As for `heun_solve`.
+    The other arguments and the errors are those of `heun_solve`.
+
+    - ``t``, ``u``: Noise levels to start from and to reach, $t \ge u > 0$. Shape ``(B,)``, or one for all. Off the CPU,
+      levels out of range give NaN instead of an error.
+    - ``num_steps``: Steps for each sample, at least 1; also where u = t, which changes nothing. Integers of shape
+      ``(B,)``, or one for all. Their values are read: keep them on the CPU to avoid a synchronisation.
+    - ``rho``: Exponent of the spacing, positive; large values take more steps at small noise.
 
     Returns:
         The data at levels ``u``. Shape of ``x``.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a shape does not fit, a level is out of range, ``u`` is above ``t``, or a number of steps is
-            below 1.
+        ValueError: If ``u`` is above ``t``.
 
     Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0: x / t stays what it is
