@@ -73,8 +73,8 @@ def check_finite(value: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {value.numel()} values: mend the input.")
 
 
-def check_levels(levels: object, name: str = "levels") -> None:
-    """Refuse anything but a strictly decreasing 1-D tensor of at least two finite positive noise levels."""
+def check_grid(levels: object, name: str = "levels") -> None:
+    """Refuse anything but a 1-D tensor of at least two noise levels; looks at no value."""
     check_level(levels, name)
     assert isinstance(levels, Tensor)
     if levels.ndim != 1 or levels.numel() < 2:
@@ -82,6 +82,12 @@ def check_levels(levels: object, name: str = "levels") -> None:
             f"{name} must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}: "
             f"make a grid with log_noise_levels or karras_noise_levels."
         )
+
+
+def check_levels(levels: object, name: str = "levels") -> None:
+    """Refuse anything but a strictly decreasing 1-D tensor of at least two finite positive noise levels."""
+    check_grid(levels, name)
+    assert isinstance(levels, Tensor)
     check_finite(levels, name)
     if not bool((levels > 0).all()):
         index = int((levels <= 0).nonzero()[0])

@@ -8,8 +8,8 @@ import torch
 
 from .._checks import check_count
 from .._precision import wide_dtype
-from ..noise_levels.random_levels import check_generator, check_normal, draw
-from .jump_times import JumpTimes, check_grid
+from ..noise_levels.random_levels import check_normal, draw
+from .jump_times import JumpTimes, check_times
 
 
 def sample_ict_times(
@@ -38,9 +38,7 @@ def sample_ict_times(
         >>> sample_ict_times(3, levels, mean=3.0, std=1.0, generator=torch.Generator().manual_seed(0)).u
         tensor([1., 1., 1.])
     """
-    check_count(batch, 1, "batch", "Pass len(x).")
-    check_generator(generator)
-    check_grid(levels)
+    check_times(batch, levels, generator)
     check_normal(mean, std)
 
     edges = torch.special.erf((levels.to(wide_dtype(levels.device)).log() - mean) / (math.sqrt(2) * std))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import all_true, check_choice, check_count, check_finite, check_level, check_positive
+from .._checks import all_true, check_choice, check_count, check_finite, check_grid, check_positive
 from .._conditions import rows_of
 from .._precision import place
 from ..noise_levels.per_sample import per_sample
@@ -203,12 +203,7 @@ def heun_solve_between(
 
 def _check_grid(levels: Tensor) -> bool:
     """Refuse anything but a strictly monotone grid of noise levels, 0 at most at its end; return whether it ends so."""
-    check_level(levels, "levels")
-    if levels.ndim != 1 or levels.numel() < 2:
-        raise ValueError(
-            f"levels must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}: make a grid with "
-            f"karras_noise_levels."
-        )
+    check_grid(levels)
     check_finite(levels, "levels")
     values = levels.detach().cpu().double()
     steps = values.diff()

@@ -138,10 +138,10 @@ class Student(NetworkWrapper):
         return output
 
 
-def takes(function: Callable[..., Any], positional: int) -> bool:
+def takes(function: object, positional: int) -> bool:
     """Whether a function or a module may be called with so many positional arguments, as far as it says."""
     try:
-        inspect.signature(getattr(function, "forward", function)).bind_partial(*[None] * positional)
+        inspect.signature(getattr(function, "forward", function)).bind_partial(*[None] * positional)  # type: ignore[arg-type]
     except TypeError:
         return False
     except ValueError:  # has no signature
