@@ -28,6 +28,9 @@ from .outputs import as_json, comparison_as_json, comparison_as_text, described,
 
 DIFFER = 1
 
+# options that `estimate_statistics` takes as they are
+_SETTINGS = ("num_samples", "batch_size", "l_method", "s_method", "seed", "intercept", "per_element", "resume")
+
 
 def estimate(options: argparse.Namespace) -> int:
     """Estimate a teacher's statistics, and write them to a file."""
@@ -46,20 +49,14 @@ def estimate(options: argparse.Namespace) -> int:
         if levels is None:
             levels = default_levels(denoiser, options.num_levels or 120)  # type: ignore[arg-type]
         try:
+            settings = {name: getattr(options, name) for name in _SETTINGS}
             statistics = estimate_statistics(
                 denoiser,  # type: ignore[arg-type]  # it is checked there
                 data,
                 levels,
-                options.num_samples,
-                options.batch_size,
-                options.l_method,
-                options.s_method,
-                options.seed,
-                intercept=options.intercept,
-                per_element=options.per_element,
                 device=device,
                 description=options.teacher,
-                resume=options.resume,
+                **settings,
             )
         except TypeError as error:
             if takes(denoiser, 2):

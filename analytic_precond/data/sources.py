@@ -27,13 +27,7 @@ Range = tuple[int, int]  # samples from one number to another, that one not incl
 
 
 class Batch(NamedTuple):
-    """Clean samples, and what the data set gives with them.
-
-    Attributes:
-        first: Index of the first sample in the run.
-        x: The samples. Shape ``(B, ...)``.
-        extra: Labels and the like, as they came.
-    """
+    """Clean samples ``(B, ...)``, the first one's index in the run, and labels and the like as they came."""
 
     first: int
     x: Tensor

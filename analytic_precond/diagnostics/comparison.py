@@ -25,29 +25,17 @@ Levels = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two estimates of one quantity are apart.
-
-    Attributes:
-        largest: The largest absolute difference.
-        largest_at: Where: the noise level ``(t,)``, or the jump ``(t, s)``.
-        most: The largest one in units of its standard error.
-        most_at: Where that is.
-    """
+    """How far estimates of one quantity are apart at most, and where: at the level ``(t,)`` or the jump ``(t, s)``."""
 
     largest: float
     largest_at: Levels
-    most: float
-    most_at: Levels
+    most_standard_errors: float
+    most_standard_errors_at: Levels
 
 
 @dataclass(frozen=True)
 class StatisticsComparison:
-    """What `compare_statistics` found.
-
-    Attributes:
-        differences: By quantity: ``"l"``, ``"s"``, ``"ln S"`` at all levels, ``"c_skip"``, ``"c_out"`` of jumps.
-        limit: The number of standard errors that no difference may exceed.
-    """
+    """What differs, by quantity, and the number of standard errors that no difference may exceed."""
 
     differences: dict[str, Difference]
     limit: float
@@ -55,7 +43,7 @@ class StatisticsComparison:
     @property
     def agree(self) -> bool:
         """Whether all differences may be sampling noise."""
-        return all(difference.most <= self.limit for difference in self.differences.values())
+        return all(difference.most_standard_errors <= self.limit for difference in self.differences.values())
 
 
 def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> StatisticsComparison:

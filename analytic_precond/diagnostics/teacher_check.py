@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -103,29 +104,14 @@ def check_teacher(
     levels = default_levels(denoiser, 40) if levels is None else levels
     name = name_of(denoiser, None)
     teacher = _AskedTwice(denoiser)
-
-    def estimate(s_method: str) -> TeacherStatistics:
-        return estimate_statistics(
-            teacher,
-            data,
-            levels,
-            num_samples,
-            batch_size,
-            "stein",
-            s_method,
-            seed,
-            progress,
-            condition=condition,
-            device=device,
-            description=name,
-        )
-
+    settings: dict[str, Any] = {"seed": seed, "progress": progress, "condition": condition, "device": device}
+    estimate = partial(estimate_statistics, teacher, data, levels, num_samples, batch_size, "stein", **settings)
     try:
-        statistics = estimate("jvp")
+        statistics = estimate(s_method="jvp", description=name)
     except RuntimeError as error:  # no forward mode; an error of the teacher's own comes again
         if is_out_of_memory(error):
             raise
-        statistics = estimate("finite-difference")
+        statistics = estimate(s_method="finite-difference", description=name)
     variance = _element_variance(data, num_samples // 2, largest_batch(batch_size), seed)
     return TeacherReport(
         statistics, _check_transport(statistics), *_check_error(statistics, variance), teacher.difference or 0.0

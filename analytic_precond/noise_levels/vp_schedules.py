@@ -33,11 +33,8 @@ class _VariancePreserving(Schedule):
     def rates(self, time: Tensor) -> Rates:
         """Return the derivatives of alpha and sigma."""
         level, slope = with_slope(self.noise_level, wide(time, "time"))
-        alpha, sigma, r = (
-            self.alpha(time),
-            self.sigma(time),
-            slope / level,
-        )  # alpha^2 does not cancel, as in 1 - sigma^2
+        alpha, sigma, r = self.alpha(time), self.sigma(time), slope / level
+        # alpha^2 does not cancel, as 1 - sigma^2 would
         return Rates(-alpha * sigma**2 * r, sigma * alpha**2 * r)
 
 

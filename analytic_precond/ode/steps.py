@@ -119,13 +119,7 @@ def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | floa
 
 @dataclass  # not a named tuple or frozen, which older torch.compile cannot call
 class Velocity:
-    """The velocity of a teacher's ODE as a function of x and t, the teacher called in its own dtype.
-
-    Attributes:
-        denoiser: The teacher.
-        dtype: What it is called in.
-        condition: What every call hands to it.
-    """
+    """The velocity of a teacher's ODE as a function of x and t, the teacher called in its own dtype."""
 
     denoiser: Denoiser
     dtype: torch.dtype
@@ -156,17 +150,11 @@ class Velocity:
 
 
 class Weights(NamedTuple):
-    """What steps multiply x - D by, of the levels' shape: the division by t is in them, done where it is cheap.
+    """What steps multiply x - D by, of the levels' shape: the division by t is in them, done where it is cheap."""
 
-    Attributes:
-        euler: (s - t) / t, of an Euler step.
-        heun_t: Half of that: what x - D at t counts in a step of Heun's method.
-        heun_s: (s - t) / (2 s): what x - D at s counts.
-    """
-
-    euler: Tensor
-    heun_t: Tensor
-    heun_s: Tensor
+    euler: Tensor  # (s - t) / t, of an Euler step
+    heun_t: Tensor  # half of that: what x - D at t counts in a step of Heun's method
+    heun_s: Tensor  # (s - t) / (2 s): what x - D at s counts
 
     @staticmethod
     def of(t: Tensor, s: Tensor, x: Tensor) -> Weights:

@@ -37,18 +37,11 @@ PASSES_PER_STEP = len(_PLACES)
 
 
 class Start(NamedTuple):
-    """Where trajectories begin.
+    """Where trajectories begin: noisy data ``(B, ...)`` at the noisiest level, in the dtype to compute in."""
 
-    Attributes:
-        first: Index of the first one in the run.
-        x: Noisy data at the noisiest level, in the dtype to compute in. Shape ``(B, ...)``.
-        dtype: What a teacher without parameters is called in.
-        condition: Keyword arguments of the teacher.
-    """
-
-    first: int
+    first: int  # index in the run
     x: Tensor
-    dtype: torch.dtype
+    dtype: torch.dtype  # what a teacher without parameters is called in
     condition: Condition
 
     def rows(self, rows: slice) -> Start:

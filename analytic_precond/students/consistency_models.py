@@ -195,17 +195,10 @@ class ConsistencyModel(Student):
         return self.sigma_min, super().default_range[1]
 
     def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
-        """Jump from ``t`` to ``sigma_min`` in one call of the network.
+        """Return the jump from ``t`` to ``sigma_min``, in one call of the network: as `ConsistencyTrajectoryModel`.
 
-        Args:
-            x_t: Noisy data. Shape ``(B, ...)``.
-            t: Noise levels of ``x_t``. Shape ``(B,)``, or one for all.
-            s: May be left out, or must be ``sigma_min``, to float32 rounding: losses and samplers call all students
-                alike. As in `Preconditioning`, other levels give NaN where looking at them would stall the device.
-            **condition: Handed to the network.
-
-        Returns:
-            The data at noise level ``sigma_min``. Shape and dtype of ``x_t``.
+        ``s`` may be left out, or must be ``sigma_min``, to float32 rounding: losses and samplers call all students
+        alike. As in `Preconditioning`, other levels give NaN where looking at them would stall the device.
         """
         t = one_per_sample(t, x_t)
         # in t's dtype: a level that is sigma_min but for rounding is the boundary
