@@ -88,10 +88,6 @@ class FunctionSchedule(Schedule):
         self._check_continuity(log_levels)
         self._set(_num_steps=self._steps_needed(log_levels))
 
-    def _set(self, **attributes: object) -> None:
-        for name, value in attributes.items():
-            object.__setattr__(self, name, value)  # schedules are frozen
-
     def alpha(self, time: Tensor) -> Tensor:
         """Return the factor of the clean data."""
         return _evaluated(self._alpha, wide(time, "time"))
