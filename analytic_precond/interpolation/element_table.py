@@ -76,7 +76,7 @@ class ElementTable(TableModule):
         running = np.empty((2, len(begins), len(l)))
         for start in range(0, len(l), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)
-            l_at = splines.linear_coefficients(levels, l[some])
+            l_at = splines.linear_coefficient(levels, l[some])
             ln_L = _running_integral(1 - l_at(nodes), lam)[0]
             h = ln_L + ln_S(some)(lam)
             found = fault(lam, h, np.ptp(h, axis=1), np.abs(np.diff(h)), _MAX_STEP)

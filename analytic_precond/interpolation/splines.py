@@ -29,30 +29,26 @@ def derivative(levels: Array, values: Array) -> Array:
 
 
 def linear_coefficient(levels: Array, l: Array) -> Callable[[Array], Array]:
-    r"""Return $l_t$ between the levels ``(K,)``, from its values at them, as a function of arrays of lambda.
+    r"""Return $l_t$ between the levels ``(K,)``, of values ``(..., K)`` at them, as a function of arrays of lambda.
 
-    Where all values lie between 0 and 1, the spline goes through $\ln(l / (1 - l))$, which is nearly straight at both
-    ends of the range: there l or 1 - l is proportional to $t^{\mp 2}$, and a spline through l itself has large relative
-    errors.
+    Where all values of one lie between 0 and 1, its spline goes through $\ln(l / (1 - l))$, which is nearly straight at
+    both ends of the range: there l or 1 - l is proportional to $t^{\mp 2}$, and a spline through l itself has large
+    relative errors.
     """
-    if not _is_logistic(l):
-        through_values: Callable[[Array], Array] = spline(levels, l)
-        return through_values
     from scipy.special import expit
 
-    logit = spline(levels, np.log(l / (1 - l)))
-    return lambda lam: np.asarray(expit(logit(lam)))
-
-
-def linear_coefficients(levels: Array, l: Array) -> Callable[[Array], Array]:
-    """Return several l, ``(..., K)``, as a function of lambda, each interpolated as if it were the only one."""
-    logistic = ((l > 0) & (l < 1)).all(-1)
-    through = [(rows, linear_coefficient(levels, l[rows])) for rows in (logistic, ~logistic) if rows.any()]
+    logistic = _is_logistic(l)
+    through = []
+    if logistic.any():
+        inside = l[logistic]
+        through.append((logistic, spline(levels, np.log(inside / (1 - inside))), expit))
+    if not logistic.all():
+        through.append((~logistic, spline(levels, l[~logistic]), np.asarray))
 
     def l_at(lam: Array) -> Array:
         values = np.empty((*l.shape[:-1], *lam.shape))
-        for rows, function in through:
-            values[rows] = function(lam)
+        for rows, curve, value in through:
+            values[rows] = value(curve(lam))
         return values
 
     return l_at
@@ -60,13 +56,13 @@ def linear_coefficients(levels: Array, l: Array) -> Callable[[Array], Array]:
 
 def linear_coefficient_derivative(levels: Array, l: Array) -> Array:
     """Return dl / dlambda at the levels, of the same interpolation. Shapes: ``(K,)``, ``(..., K)`` to ``(..., K)``."""
-    if not _is_logistic(l):
+    if not _is_logistic(l).all():
         return derivative(levels, l)
     return l * (1 - l) * derivative(levels, np.log(l / (1 - l)))
 
 
-def _is_logistic(l: Array) -> bool:
-    return bool(((l > 0) & (l < 1)).all())
+def _is_logistic(l: Array) -> Any:
+    return ((l > 0) & (l < 1)).all(-1)
 
 
 def log_scale(levels: Array, g_rms: Array) -> Array:

@@ -34,19 +34,10 @@ def probability_flow_velocity(denoiser: Denoiser, x: Tensor, t: Tensor | float, 
 
     (Karras et al. 2022, equations 1 and 3 with $\sigma(t) = t$.)
 
-    Args:
-        denoiser: The teacher $D$.
-        x: Noisy data. Shape ``(B, ...)``.
-        t: Noise levels of ``x``, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling, levels
-            out of range give NaN instead of an error.
-        **condition: Handed to the teacher.
+    The arguments, what they may be and the errors are those of `euler_step`.
 
     Returns:
         The velocity. Shape and dtype of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a shape does not fit or a level is not positive.
 
     Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0
