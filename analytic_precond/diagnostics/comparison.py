@@ -87,11 +87,9 @@ def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> S
     delta = np.abs(values_1 - values_2)
     z = delta / np.sqrt(errors_1**2 + errors_2**2 + rounding**2)
 
-    level, t, s = _places(first)
-    at_levels, of_jumps = [(x,) for x in level.tolist()], list(zip(t.tolist(), s.tolist(), strict=True))
-    places: dict[str, list[Levels]] = {
-        "l": [*at_levels], "s": [*at_levels], "ln S": [*at_levels], "c_skip": [*of_jumps], "c_out": [*of_jumps]
-    }  # fmt: skip
+    at_levels: list[Levels] = [(t,) for t in first.levels.tolist()]
+    of_jumps: list[Levels] = list(zip(*(end.tolist() for end in _jumps(first.levels)), strict=True))
+    places = dict.fromkeys(("l", "s", "ln S"), at_levels) | dict.fromkeys(("c_skip", "c_out"), of_jumps)
     differences, start = {}, 0
     for name, where in places.items():
         own = slice(start, start + len(where))
@@ -112,24 +110,19 @@ def _check_levels(first: Tensor, second: Tensor) -> None:
     )
 
 
-def _places(statistics: TeacherStatistics) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the levels, and from where to where the jumps go."""
-    levels = statistics.levels
-    index = (
-        torch.linspace(0, len(levels) - 1, min(_JUMP_ENDS, len(levels)), dtype=torch.float64, device="cpu")
-        .round()
-        .long()
-    )
-    start, end = torch.triu_indices(len(index), len(index), offset=1, device="cpu")
-    return levels, levels[index[start]], levels[index[end]]
+def _jumps(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return from where to where the jumps go."""
+    num = min(_JUMP_ENDS, len(levels))
+    some = levels[torch.linspace(0, len(levels) - 1, num, dtype=torch.float64, device="cpu").round().long()]
+    start, end = torch.triu_indices(num, num, offset=1, device="cpu")
+    return some[start], some[end]
 
 
 def _quantities(statistics: TeacherStatistics) -> Array:
     """Return l, s, ln S at the levels and c_skip, c_out of the jumps, one after the other."""
-    levels, t, s = _places(statistics)
-    precond = AnalyticPreconditioning(statistics)
+    levels, precond = statistics.levels, AnalyticPreconditioning(statistics)
     S_ratio = precond.integrals(levels[:1].expand_as(levels), levels).S_ratio
-    return torch.cat([statistics.l, statistics.s, S_ratio.log(), *precond(t, s)]).numpy()
+    return torch.cat([statistics.l, statistics.s, S_ratio.log(), *precond(*_jumps(levels))]).numpy()
 
 
 def _jackknifed(statistics: TeacherStatistics) -> tuple[Array, Array]:

@@ -16,8 +16,7 @@ from ..noise_levels.per_sample import expand_to
 from .denoiser import Denoiser
 from .networks import noise_range_of
 
-_FORMULAS = ("from_unconditional", "from_conditional")
-
+_OFFSETS = {"from_unconditional": 0.0, "from_conditional": 1.0}  # added to the scale, 1 is the conditional denoiser
 
 Scale = float | Tensor | Callable[[Tensor], float | Tensor]
 
@@ -70,18 +69,18 @@ def guide(
         >>> guide(c, u, None)(torch.ones(2, 1), torch.ones(2), guidance_scale=torch.tensor([2.0, 7.5])).flatten()
         tensor([2.0000, 7.5000])
     """
-    check_choice(formula, _FORMULAS, "formula")
+    check_choice(formula, _OFFSETS, "formula")
     for name, value in (("denoiser", denoiser), ("unconditional", unconditional)):
         check_callable(value, name, f"{name}(x, t)")
     if scale is not None and not callable(scale):
         _check_scale(scale, "scale")
     if isinstance(shared, str) or not isinstance(shared, Sequence) or not all(isinstance(name, str) for name in shared):
         raise TypeError(f"shared must be a tuple of names, got {shared!r}: write shared=('class_labels',).")
-    return GuidedDenoiser(denoiser, unconditional, scale, 1.0 if formula == "from_conditional" else 0.0, tuple(shared))
+    return GuidedDenoiser(denoiser, unconditional, scale, _OFFSETS[formula], tuple(shared))
 
 
 class GuidedDenoiser(Wrapper):
-    """What `guide` returns; ``offset`` is what the formula adds to the scale, so that 1 is the conditional denoiser."""
+    """What `guide` returns."""
 
     named_after = "denoiser"
 
