@@ -31,16 +31,7 @@ def largest_batch(batch_size: BatchSize) -> int:
 
 
 class Pieces:
-    """Work on rows, at most so many at a time; with ``"auto"`` 256, halved for good whenever memory runs out.
-
-    Examples:
-        >>> def work(piece: slice) -> str:
-        ...     if piece.stop - piece.start > 100:
-        ...         raise RuntimeError("out of memory")
-        ...     return f"{piece.start} to {piece.stop}"
-        >>> [result for _, result in Pieces("auto")(150, work, "the first batch")]
-        ['0 to 64', '64 to 128', '128 to 150']
-    """
+    """Work on rows, at most so many at a time; with ``"auto"`` 256, halved for good whenever memory runs out."""
 
     def __init__(self, batch_size: BatchSize) -> None:
         self.size = largest_batch(batch_size)

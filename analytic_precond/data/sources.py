@@ -104,16 +104,14 @@ class IndexedSource:
         for start, stop in ranges:
             while start < stop:
                 epoch, row = divmod(start, self._size)
-                indices = self._order(epoch)[row : row + stop - start]
+                key = np.array([self._seed, 2**64 - 1 - epoch], dtype=np.uint64)  # far from the samples' keys
+                order = np.random.Generator(np.random.Philox(key=key)).permutation(self._size)
+                indices = order[row : row + stop - start]
                 for part in np.split(indices, range(batch_size, len(indices), batch_size)):
                     x, extra = _split(self._take(part, start))
                     check_finite(x, _numbers(start, len(x)))
                     yield Batch(start, x, extra)
                     start += len(part)
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        key = np.array([self._seed, 2**64 - 1 - epoch], dtype=np.uint64)  # far from the samples' keys
-        return np.random.Generator(np.random.Philox(key=key)).permutation(self._size)
 
     def _take(self, indices: NDArray[np.int64], first: int) -> object:
         if isinstance(self._data, Tensor):

@@ -62,18 +62,6 @@ def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> S
     Raises:
         ValueError: If levels differ, there are too few samples for standard errors, or no jumps follow from the
             statistics.
-
-    Examples:
-        >>> from analytic_precond import GaussianDenoiser, estimate_statistics
-        >>> data = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
-        >>> levels = torch.tensor([4.0, 2.0, 1.0])
-        >>> one, other = (
-        ...     estimate_statistics(GaussianDenoiser(c), data, levels, 256, progress=False) for c in (1.0, 1.5))
-        >>> comparison = compare_statistics(one, other)
-        >>> comparison.differences["l"].largest  # at t = 1: 1.5 / 2.5 - 1 / 2
-        0.1000
-        >>> comparison.agree
-        False
     """
     _check_levels(first.levels, second.levels)
     groups = min(len(first.counts), len(second.counts))

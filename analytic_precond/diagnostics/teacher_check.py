@@ -68,25 +68,18 @@ def check_teacher(
     in train mode or far from trained. It takes the time of ``estimate_statistics(..., s_method="jvp")`` on as many
     samples and levels; where a layer has no forward-mode derivative, ``"finite-difference"`` is used.
 
-    Args:
-        denoiser: The teacher, as for `estimate_statistics`.
-        data: Clean data, as for `estimate_statistics`; visited twice, so not a generator.
-        levels: Decreasing noise levels, shape ``(K,)``. Default: 40 from 80 to 0.002, inside what the
-            teacher knows; few levels make s_t inexact.
-        num_samples: Noisy samples per level, at least 32.
-        batch_size: Largest batch that the teacher sees, or ``"auto"``, as for `estimate_statistics`.
-        seed: Seed of noise and data order. The global RNG is left as it was.
-        progress: Show a progress bar.
-        condition: As for `estimate_statistics`.
-        device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
+    The arguments and the errors are those of `estimate_statistics`, but for
+
+    - ``data``: Clean data, visited twice, so not a generator,
+    - ``levels``: By default 40 from 80 to 0.002, inside what the teacher knows; few levels make s_t inexact,
+    - ``num_samples``: Noisy samples per level, at least 32.
 
     Returns:
         The report. ``report.verdict`` is ``"consistent"`` (nothing found beyond sampling error), ``"close"`` (a trained
         network) or ``"inconsistent"``, the worst of all levels; ``print(report)`` says where and what it may mean.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or as for `estimate_statistics`.
+        TypeError: If ``data`` is a generator.
         RuntimeError: As the teacher raised it, out of memory for one.
 
     Examples:

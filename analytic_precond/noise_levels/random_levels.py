@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_count, check_number, check_positive, check_range
-from .._precision import wide_dtype
+from .._precision import place, wide_dtype
 
 
 def sample_lognormal_noise_levels(
@@ -107,9 +107,9 @@ def draw(
 ) -> Tensor:
     """Draw ``torch.rand`` or ``torch.randn`` where the generator lives, as widely as ``device`` computes."""
     source = device if generator is None else generator.device
-    numbers = distribution(shape, generator=generator, dtype=wide_dtype(source), device=source)
-    # a copy to an accelerator need not wait for it; one to the CPU must
-    return numbers.to(wide_dtype(device)).to(device, non_blocking=device.type != "cpu")
+    return place(
+        distribution(shape, generator=generator, dtype=wide_dtype(source), device=source), device, torch.float64
+    )
 
 
 def check_normal(mean: float, std: float) -> None:

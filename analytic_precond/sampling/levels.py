@@ -27,12 +27,6 @@ def resolve_levels(levels: Levels, grid: Levels | None = None, sigma_min: float 
     Raises:
         TypeError: If an argument does not hold numbers, or both indices and noise levels.
         ValueError: If levels are missing, not monotone or out of range, or only one of indices and a grid is given.
-
-    Examples:
-        >>> resolve_levels([0, 2], grid=[80.0, 10.0, 1.0, 0.002])
-        [80.0, 1.0]
-        >>> resolve_levels([0.0, 1.0, 80.0])
-        [80.0, 1.0, 0.002]
     """
     check_not_negative(sigma_min, "sigma_min")
     numbers = _numbers(levels, "levels")
