@@ -50,7 +50,7 @@ def sample_ict_times(
 
 
 def ict_num_levels(step: int, total_steps: int, first: int = 10, last: int = 1280) -> int:
-    r"""Return the size of the grid at a training step: it doubles at equal spans (Song and Dhariwal 2023, section 3.4).
+    r"""Return the number of levels at a training step: it doubles at equal spans (Song and Dhariwal 2023, section 3.4).
 
     $$N(k) = \min\big(s_0 2^{\lfloor k / K' \rfloor}, s_1\big) + 1, \qquad
       K' = \left\lfloor \frac{K}{\log_2 \lfloor s_1 / s_0 \rfloor + 1} \right\rfloor$$
@@ -60,9 +60,6 @@ def ict_num_levels(step: int, total_steps: int, first: int = 10, last: int = 128
         total_steps: Number of steps K of the training, at least 1.
         first: Number of intervals $s_0$ at first, at least 1.
         last: Number of intervals $s_1$ in the end, at least ``first``.
-
-    Returns:
-        Number of levels, one more than intervals.
 
     Raises:
         TypeError: If an argument is not an integer.

@@ -34,10 +34,7 @@ def probability_flow_velocity(denoiser: Denoiser, x: Tensor, t: Tensor | float, 
 
     (Karras et al. 2022, equations 1 and 3 with $\sigma(t) = t$.)
 
-    The arguments, what they may be and the errors are those of `euler_step`.
-
-    Returns:
-        The velocity. Shape and dtype of ``x``.
+    The arguments, what they may be and the errors are those of `euler_step`. Shape and dtype of ``x``.
 
     Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0

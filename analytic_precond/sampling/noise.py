@@ -34,9 +34,6 @@ def per_sample_generators(
         generator: What the seeds are drawn from; torch's default CPU generator by default.
         device: Where the new generators draw: ``generator``'s device by default, else the CPU.
 
-    Returns:
-        The generators.
-
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If ``num`` is negative.
@@ -64,7 +61,7 @@ def draw_noise(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw standard normal noise, sample by sample; times ``levels[0]`` it is what samplers start from.
+    """Return standard normal noise, drawn sample by sample; times ``levels[0]`` it is what samplers start from.
 
     Args:
         shape: Shape ``(B, ...)``.
@@ -73,9 +70,6 @@ def draw_noise(
             here depends on the batch size, and so does what follows. Hand both the same list to avoid that.
         device: Where the noise goes; the generator's device by default, else torch's default.
         dtype: Of the noise.
-
-    Returns:
-        The noise.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -93,6 +93,10 @@ class Student(NetworkWrapper):
         known = getattr(self.network, "noise_range", None) if self.edm is None else None
         return (low, high) if known is None else (max(low, known[0]), min(high, known[1]))
 
+    def fault(self, t: float, s: float) -> str | None:
+        """Return what is wrong with a jump from t to s, or None: of numbers, so that no device is waited for."""
+        return self.precond.fault(t, s)
+
     def scalings(self, t: Tensor) -> DenoiserScalings:
         """Return what makes the denoiser of the raw network at noise levels ``t``, in their dtype or a wider one."""
         if self.edm is None:

@@ -5,6 +5,7 @@ Around a raw network, in EDM's scalings, or around any denoiser: what they share
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -215,8 +216,15 @@ class ConsistencyModel(Student):
         s = one_per_sample(s, x, "s")
         reached = (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
         if all_true(reached) is False:
-            raise ValueError(
-                f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got "
-                f"{s[~reached][0].item():.9g}: leave s out, or take a ConsistencyTrajectoryModel."
-            )
+            raise ValueError(self.fault(math.inf, s[~reached][0].item()))
         return torch.where(reached, s, torch.nan)
+
+    def fault(self, t: float, s: float) -> str | None:
+        """Return what is wrong with a jump from t to s, first of all that it ends elsewhere, or None."""
+        if abs(s - self.sigma_min) <= ROUNDING * self.sigma_min:
+            return super().fault(t, s)
+        return (
+            f"s must be sigma_min = {self.sigma_min:g}, the only level that a ConsistencyModel jumps to, got {s:.9g}: "
+            f"leave s out, sample by sample_one_step or sample_multistep with sigma_min={self.sigma_min:g}, or take a "
+            f"ConsistencyTrajectoryModel."
+        )

@@ -27,7 +27,7 @@ from .predictions import PredictionScalings
 def denoiser_from_diffusers(
     model: nn.Module, scheduler: Any, dtype: torch.dtype | None = None, quantize: bool = False, **condition: Any
 ) -> NetworkDenoiser:
-    r"""Make a denoiser of a diffusers model and the scheduler that it was trained for.
+    r"""Return the denoiser of a diffusers model and the scheduler that it was trained for.
 
     The result is what the scheduler's ``step`` takes for the clean sample (``pred_original_sample``), at any noise
     level and per sample, without the clipping and thresholding that some schedulers add, and without the boundary
@@ -55,9 +55,6 @@ def denoiser_from_diffusers(
             looks times up (``time_embedding_type="learned"``).
         **condition: Conditions of one sample, for all, e.g. ``encoder_hidden_states`` (see `common`); those of a call
             come on top.
-
-    Returns:
-        The denoiser.
 
     Raises:
         TypeError: If the scheduler does not tell what its model was trained for.

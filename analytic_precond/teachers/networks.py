@@ -145,7 +145,7 @@ def denoiser_from_network(
     time_dtype: torch.dtype | None = None,
     **condition: Any,
 ) -> NetworkDenoiser:
-    r"""Make a denoiser of a network that predicts something else, under any noise schedule.
+    r"""Return the denoiser of a network that predicts something else, under any noise schedule.
 
     The network gets $x' = \alpha x = \alpha x_0 + \sigma n$ and the schedule's time $\tau$ (`Schedule.network_time`).
     It predicts
@@ -168,9 +168,6 @@ def denoiser_from_network(
             80. ``torch.float64`` keeps all, for networks that take it (FastGen's and rCM's codes count in it).
         **condition: Conditions of one sample, for all, e.g. a null label (see `common`); those of a call come on top.
 
-    Returns:
-        The denoiser.
-
     Raises:
         TypeError: If ``network`` is not callable or ``schedule`` is not a `Schedule`.
         ValueError: If ``prediction`` is unknown.
@@ -191,16 +188,13 @@ def denoiser_from_network(
 def denoiser_from_edm(
     network: Callable[..., Any], dtype: torch.dtype | None = None, **condition: Any
 ) -> NetworkDenoiser:
-    """Make a denoiser of an EDM-style network, which is one already: ``network(x, sigma, class_labels=...)``.
+    """Return the denoiser of an EDM-style network, which is one already: ``network(x, sigma, class_labels=...)``.
 
     Such networks hold their own preconditioning and cast down inside; they are called in float32 or wider, also under
     autocast, their output comes back in ``x``'s dtype, and labels for an unconditional one (``label_dim`` 0) are an
     error.
 
     The arguments and the errors are those of `denoiser_from_network`; e.g. ``class_labels`` are such a condition.
-
-    Returns:
-        The denoiser.
 
     Examples:
         >>> denoiser = denoiser_from_edm(lambda x, sigma, class_labels=None: x / (1 + sigma.reshape(-1, 1) ** 2))
