@@ -56,7 +56,7 @@ _FLOOR, _LARGEST = 1e-4, 1e4
 
 
 def adaptive_balance(reference: Tensor, other: Tensor, parameter: Tensor) -> Tensor:
-    r"""Return the weight with which ``other`` pulls at a parameter as strongly as ``reference`` does.
+    r"""Return the weight, without gradient, with which ``other`` pulls at a parameter as strongly as ``reference``.
 
     $$w = \min\Big(\frac{\lVert \nabla_\phi\, reference \rVert}{\lVert \nabla_\phi\, other \rVert + 10^{-4}},
       10^4\Big)$$
@@ -68,9 +68,6 @@ def adaptive_balance(reference: Tensor, other: Tensor, parameter: Tensor) -> Ten
         reference: A scalar loss.
         other: The scalar loss to weigh.
         parameter: One parameter that both depend on.
-
-    Returns:
-        The weight, a scalar without gradient, on the losses' device.
 
     Raises:
         TypeError: If a loss is no tensor.

@@ -114,15 +114,12 @@ class Jumps:
                 )
             if t.dtype == torch.float64 and c.dtype != torch.float64:
                 raise AssertionError(f"dtype: float64 levels must give float64 coefficients, got {name} in {c.dtype}.")
-        return self._on_denoiser(Scalings(*answer), t)
-
-    def _on_denoiser(self, scalings: Scalings, t: Tensor) -> Scalings:
-        if self.edm is None:
-            return scalings
-        c_skip, c_out = scalings
-        edm = self.edm(self.column(t))
-        c_out = c_out / edm.c_out
-        return Scalings(c_skip - c_out * edm.c_skip, c_out)
+        c_skip, c_out = answer
+        if self.edm is not None:
+            edm = self.edm(self.column(t))
+            c_out = c_out / edm.c_out
+            c_skip = c_skip - c_out * edm.c_skip
+        return Scalings(c_skip, c_out)
 
     def compare(
         self, what: str, got: Tensor, expected: Tensor | float, allowed: Tensor | float, t: Tensor, s: Tensor, why: str
