@@ -123,13 +123,11 @@ class ConsistencyModel(Student):
 
     The network is called as ``network(c_in * x, c_noise_t, **condition)`` and returns ``x``'s shape.
 
+    The other arguments are those of `ConsistencyTrajectoryModel`.
+
     Args:
-        network: The raw network F.
-        precond: The jump's preconditioning on the denoiser.
-        sigma_data: Standard deviation of the data.
         sigma_min: The level that all jumps reach; 0 where the preconditioning reaches it. Default: the cleanest one
             that the preconditioning was made for, 0.002 if it was made for any.
-        noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
 
     Raises:
         TypeError: If an argument has the wrong type.
