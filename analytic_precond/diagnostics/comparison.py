@@ -47,7 +47,7 @@ class StatisticsComparison:
 
 
 def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> StatisticsComparison:
-    r"""Return how far two estimates at the same noise levels differ, and the jumps that follow from them.
+    r"""Return how far two estimates differ at each noise level, and in the jumps that follow from them.
 
     Each of m quantities has a difference $\delta$ and its standard error, that of two independent estimates:
 

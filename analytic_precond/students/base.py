@@ -65,7 +65,7 @@ class Student(NetworkWrapper):
 
     def _build(self, network: Callable[..., Tensor], precond: Preconditioning, name: str) -> None:
         """Set what all students have; by itself, they are around a denoiser."""
-        check_callable(network, name, f"{name}(x, time)" if name == "network" else f"{name}(x, t)")
+        check_callable(network, name, f"{name}(x, t)")
         if isinstance(network, Student):
             raise TypeError(
                 f"{name} must not be a student, which jumps, got {type(network).__name__}: pass its denoise."
