@@ -73,8 +73,8 @@ def check_finite(value: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {value.numel()} values: mend the input.")
 
 
-def check_levels(levels: object, name: str = "levels") -> None:
-    """Refuse anything but a strictly decreasing 1-D tensor of at least two finite positive noise levels."""
+def check_grid(levels: object, name: str = "levels") -> None:
+    """Refuse anything but a 1-D tensor of at least two noise levels; looks at no value."""
     check_level(levels, name)
     assert isinstance(levels, Tensor)
     if levels.ndim != 1 or levels.numel() < 2:
@@ -82,6 +82,12 @@ def check_levels(levels: object, name: str = "levels") -> None:
             f"{name} must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}: "
             f"make a grid with log_noise_levels or karras_noise_levels."
         )
+
+
+def check_levels(levels: object, name: str = "levels") -> None:
+    """Refuse anything but a strictly decreasing 1-D tensor of at least two finite positive noise levels."""
+    check_grid(levels, name)
+    assert isinstance(levels, Tensor)
     check_finite(levels, name)
     if not bool((levels > 0).all()):
         index = int((levels <= 0).nonzero()[0])
@@ -111,11 +117,16 @@ def check_count(value: object, minimum: int, name: str, advice: str = "") -> Non
         raise ValueError(f"{name} must be at least {minimum}, got {value}.{advice and ' ' + advice}")
 
 
-def check_positive(value: object, name: str) -> None:
-    """Refuse anything but a finite positive number."""
+def check_number(value: object, name: str) -> None:
+    """Refuse anything but one of Python's numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}): pass a Python float.")
-    if not 0 < value < float("inf"):
+
+
+def check_positive(value: object, name: str) -> None:
+    """Refuse anything but a finite positive number."""
+    check_number(value, name)
+    if not 0 < value < float("inf"):  # type: ignore[operator]  # it is a number
         raise ValueError(f"{name} must be positive and finite, got {value}.")
 
 
@@ -140,13 +151,21 @@ def check_choice(value: object, known: Iterable[str], name: str) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, names))}, got {value!r}.")
 
 
-def check_reached(reached: object, x: Tensor) -> None:
-    """Refuse a student's answer to ``x`` unless it is a tensor of the same shape."""
-    if not isinstance(reached, Tensor) or reached.shape != x.shape:
-        got = tuple(reached.shape) if isinstance(reached, Tensor) else type(reached).__name__
+def check_callable(value: object, name: str, call: str) -> None:
+    """Refuse what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable as {call}, got {type(value).__name__}.")
+
+
+def check_answer(answer: object, x: Tensor, name: str) -> None:
+    """Refuse what a network, teacher or student returned for ``x``, unless it is a tensor of that shape."""
+    if not isinstance(answer, Tensor) or not answer.is_floating_point():
+        got = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
+        raise TypeError(f"the {name} must return a floating-point tensor, got {got}: unwrap it in a function.")
+    if answer.shape != x.shape:
         raise ValueError(
-            f"the student must return a tensor of x's shape {tuple(x.shape)}, got {got}: unwrap output objects, and "
-            f"drop extra channels, in a function around it."
+            f"the {name} must return x's shape {tuple(x.shape)}, got {tuple(answer.shape)}: drop extra channels in a "
+            f"function around it (adapters of networks drop a learned variance with learned_variance=True)."
         )
 
 

@@ -134,11 +134,7 @@ class Ownership:
         self._theirs: dict[str, bool] = {}
 
     def check(self, condition: Any, batch: int, name: str = "condition") -> None:
-        """Look at the conditions of ``batch`` samples.
-
-        Raises:
-            ValueError: If a part is the samples' here and was not before, or the other way round.
-        """
+        """Refuse conditions of ``batch`` samples of which a part is the samples' and was not before, or vice versa."""
         if isinstance(condition, Common):
             return
         theirs = _has_rows(condition, batch) or (isinstance(condition, list) and _are_samples(condition, batch))

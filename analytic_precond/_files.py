@@ -31,16 +31,7 @@ def write_tensors(
     path: str | os.PathLike[str], kind: str, header: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> None:
     """Write tensors and a JSON header; an existing file is replaced whole or not at all."""
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"expected the path of a file to write, got the folder {path}: add a file name.")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"expected the path of a regular file to write, got {path}, which is none: name another.")
-    path = target_of(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(
-            f"expected an existing folder to write {path.name} to, got {path.parent}: create it first."
-        )
+    path = checked_target(Path(path), "path")
     # one key, since safetensors writes several in an order that changes from run to run
     metadata = {"header": json.dumps({"kind": kind, **header}, sort_keys=True)}
     content = serialize({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata)
@@ -67,13 +58,25 @@ def target_of(path: Path) -> Path:
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
+def checked_target(path: Path, name: str) -> Path:
+    """Return the path to write to, unless no file could be written there."""
+    if path.is_dir():
+        raise ValueError(f"{name} must be a file, got the folder {path}: add a file name.")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{name} must be a regular file, got {path}, which is none: name another.")
+    path = target_of(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{name} must be in an existing folder, got {path.parent}: create it first.")
+    return path
+
+
 def check_space(folder: Path, num_bytes: int = 0) -> None:
     """Refuse a folder that no file of so many bytes can be written to, for want of permission or space.
 
     A quota that the file system does not tell of goes unnoticed until a file is written.
 
     Raises:
-        OSError: As the system says it.
+        OSError: If so.
     """
     with tempfile.TemporaryFile(dir=folder):
         pass
@@ -90,15 +93,10 @@ def remove_leftovers(path: Path) -> None:
 
 
 def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read what `write_tensors` wrote.
+    """Return the header and the tensors that `write_tensors` wrote, as they lie on disk.
 
-    Args:
-        path: The file.
-        kind: What was written.
-
-    Returns:
-        The header, and the tensors as they lie on disk: they change or vanish with the file, and cost memory once they
-        are read. Check their dtypes and shapes first, and copy what is to stay.
+    They change or vanish with the file, and cost memory once they are read. Check their dtypes and shapes first, and
+    copy what is to stay.
 
     Raises:
         FileNotFoundError: If there is no such file.

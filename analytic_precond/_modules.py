@@ -60,9 +60,6 @@ class NetworkDtype:
 
     That is what the network says itself (``dtype``, as diffusers' models do), or else what most elements of its
     parameters have. Found once, as going through all parameters takes time, and again when they are cast.
-
-    Args:
-        network: The network, any callable.
     """
 
     def __init__(self, network: object) -> None:
@@ -107,11 +104,7 @@ class NetworkDtype:
 
 
 class NetworkWrapper(Wrapper):
-    """A module around a network.
-
-    Args:
-        network: The network, any callable.
-    """
+    """A module around a network, which is any callable."""
 
     def __init__(self, network: Callable[..., Any]) -> None:
         super().__init__()

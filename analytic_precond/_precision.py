@@ -31,11 +31,7 @@ def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Te
 
 
 class TableOnDevices:
-    """A table on the CPU that no module holds, with its copies on other devices, each made once.
-
-    Args:
-        table: The table.
-    """
+    """A table on the CPU that no module holds, with its copies on other devices, each made once."""
 
     def __init__(self, table: Tensor) -> None:
         self.table = table

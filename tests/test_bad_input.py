@@ -553,13 +553,13 @@ def test_a_failed_save_keeps_the_old_file_and_leaves_no_other(
 
 def test_saving_to_a_missing_folder_makes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "teacher.safetensors"
-    match = rf"existing folder to write teacher\.safetensors to, got {re.escape(str(path.parent))}: create it first"
+    match = rf"path must be in an existing folder, got {re.escape(str(path.parent))}: create it first"
     check_refused(lambda: estimate().save(path), FileNotFoundError, match)
     assert not path.parent.exists()
 
 
 def test_saving_over_a_folder_keeps_it(tmp_path: Path) -> None:
-    match = r"path of a file to write, got the folder .*: add a file name"
+    match = r"path must be a file, got the folder .*: add a file name"
     check_refused(lambda: estimate().save(tmp_path), ValueError, match)
     assert list(tmp_path.iterdir()) == []
 

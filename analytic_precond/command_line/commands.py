@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import inspect
 import io
 import os
 import sys
@@ -23,10 +22,14 @@ from ..noise_levels.grids import log_noise_levels
 from ..preconditionings.analytic import AnalyticPreconditioning
 from ..preconditionings.base import Preconditioning
 from ..statistics.teacher_statistics import TeacherStatistics
+from ..students.base import takes
 from .inputs import check_kind, check_output, load_file, load_statistics, load_teacher
 from .outputs import as_json, comparison_as_json, comparison_as_text, described, nearest_rows, summary, table, tables
 
 DIFFER = 1
+
+# options that `estimate_statistics` takes as they are
+_SETTINGS = ("num_samples", "batch_size", "l_method", "s_method", "seed", "intercept", "per_element", "resume")
 
 
 def estimate(options: argparse.Namespace) -> int:
@@ -46,23 +49,17 @@ def estimate(options: argparse.Namespace) -> int:
         if levels is None:
             levels = default_levels(denoiser, options.num_levels or 120)  # type: ignore[arg-type]
         try:
+            settings = {name: getattr(options, name) for name in _SETTINGS}
             statistics = estimate_statistics(
                 denoiser,  # type: ignore[arg-type]  # it is checked there
                 data,
                 levels,
-                options.num_samples,
-                options.batch_size,
-                options.l_method,
-                options.s_method,
-                options.seed,
-                intercept=options.intercept,
-                per_element=options.per_element,
                 device=device,
                 description=options.teacher,
-                resume=options.resume,
+                **settings,
             )
         except TypeError as error:
-            if _takes_levels(denoiser):
+            if takes(denoiser, 2):
                 raise
             raise TypeError(
                 f"TEACHER must return a denoiser that is callable as D(x, t), got {type(denoiser).__name__} ({error}): "
@@ -75,18 +72,6 @@ def estimate(options: argparse.Namespace) -> int:
     else:
         sys.stdout.write(summary(statistics))
     return 0
-
-
-def _takes_levels(denoiser: object) -> bool:
-    """Tell whether a denoiser can be called as D(x, t), as far as its signature says."""
-    call = denoiser.forward if isinstance(denoiser, nn.Module) else denoiser
-    try:
-        inspect.signature(call).bind(None, None)  # type: ignore[arg-type]  # TypeError where it is not callable
-    except TypeError:
-        return False
-    except ValueError:  # it has no signature
-        pass
-    return True
 
 
 def _levels(options: argparse.Namespace) -> Tensor | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .._files import check_space, target_of
+from .._files import check_space, checked_target
 from ..fitted_preconditionings.fitted import FittedPreconditioning
 from ..fitted_preconditionings.least_squares import LeastSquaresPreconditioning
 from ..fitted_preconditionings.per_mode import PerModePreconditioning
@@ -70,17 +70,11 @@ def load_statistics(path: str) -> TeacherStatistics:
 
 def check_output(path: Path) -> None:
     """Refuse a file that could not be written, before there is anything to write."""
-    if path.is_dir():
-        raise ValueError(f"--output must be a file, got the folder {path}: add a file name.")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"--output must be a regular file, got {path}, which is none: name another.")
-    path = target_of(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"--output must be in an existing folder, got {path.parent}: create it first.")
+    folder = checked_target(path, "--output").parent
     try:
-        check_space(path.parent)
+        check_space(folder)
     except OSError as error:
-        raise OSError(error.errno, f"--output: nothing can be written to {path.parent} ({error.strerror})") from error
+        raise OSError(error.errno, f"--output: nothing can be written to {folder} ({error.strerror})") from error
 
 
 def check_kind(path: str, option: str, kind: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -105,20 +106,11 @@ def table(loaded: Loaded, rows: Sequence[int]) -> str:
 
 def comparison_as_json(first: TeacherStatistics, second: TeacherStatistics, found: StatisticsComparison) -> str:
     """Return a comparison as JSON."""
-    differences = {
-        name: {
-            "largest": difference.largest,
-            "largest_at": list(difference.largest_at),
-            "most_standard_errors": difference.most,
-            "most_standard_errors_at": list(difference.most_at),
-        }
-        for name, difference in found.differences.items()
-    }
     return as_json(
         {
             "agree": found.agree,
             "limit_in_standard_errors": found.limit,
-            "differences": differences,
+            "differences": {name: asdict(difference) for name, difference in found.differences.items()},
             "first": described(first),
             "second": described(second),
         }
@@ -135,7 +127,8 @@ def comparison_as_text(first: TeacherStatistics, second: TeacherStatistics, foun
     )
     text += f"\n{'':10}{'largest':>12}  {'at':24}{'standard errors':>16}  at\n"
     for name, d in found.differences.items():
-        text += f"{name:10}{d.largest:12.4g}  {_place(d.largest_at):24}{d.most:16.2f}  {_place(d.most_at)}\n"
+        text += f"{name:10}{d.largest:12.4g}  {_place(d.largest_at):24}"
+        text += f"{d.most_standard_errors:16.2f}  {_place(d.most_standard_errors_at)}\n"
     verdict = "agree: no difference exceeds" if found.agree else "differ: a difference exceeds"
     return f"{text}\n{verdict} {found.limit:.2f} standard errors\n"
 

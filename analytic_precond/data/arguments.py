@@ -75,12 +75,7 @@ def device_of(denoiser: Denoiser, data: object) -> torch.device | None:
 
 
 class BatchConditions:
-    """What the teacher is told with each batch of a run.
-
-    Args:
-        condition: Turns what follows x in a batch into keyword arguments.
-        denoiser: The teacher.
-    """
+    """What the teacher is told with each batch of a run: keyword arguments, made of what follows x in it."""
 
     def __init__(self, condition: Callable[..., Condition] | None, denoiser: Denoiser) -> None:
         self.condition = condition

@@ -12,14 +12,7 @@ _CHANNELS = 4  # of images and many latents, at most
 
 
 def holds_images(data: Sequence[Any]) -> bool:
-    """Tell whether the items of a list are images, rather than batches.
-
-    Returns:
-        Whether they are images (C, H, W).
-
-    Raises:
-        ValueError: If they may be either.
-    """
+    """Tell whether the items of a list are images (C, H, W), rather than batches; refuse what may be either."""
     items = [tuple(item) if isinstance(item, list | tuple) else (item,) for item in data]
     if len(items) < 2 or not all(item and isinstance(item[0], Tensor) for item in items):
         return False
@@ -34,13 +27,10 @@ def holds_images(data: Sequence[Any]) -> bool:
 
 
 def look_like_samples(shapes: Collection[torch.Size]) -> bool:
-    """Tell whether items of these shapes may well be single images or vectors rather than batches of something.
+    """Return whether items of these shapes may well be single images or vectors rather than batches of something.
 
     Batches seldom look so: all of at most four (H, W), or all alike and (B,), (B, D) with B = D, or (B, H, H). Two
     dimensions, (length, width), are otherwise taken for a batch of vectors, and four for one of images.
-
-    Returns:
-        Whether to ask the user.
     """
     if len({shape[1:] for shape in shapes}) > 1:  # of several sizes, which is refused as such
         return False
@@ -52,11 +42,7 @@ def look_like_samples(shapes: Collection[torch.Size]) -> bool:
 
 
 def refuse_unclear(item: object, shape: torch.Size) -> NoReturn:
-    """Ask the user whether items are samples or batches.
-
-    Raises:
-        ValueError: Always.
-    """
+    """Ask the user whether items are samples or batches."""
     joined = "torch.cat(list(data))" if isinstance(item, Tensor) else "TensorDataset(*map(torch.cat, zip(*data)))"
     raise ValueError(
         f"data must yield batches (B, ...), got one tensor of shape {tuple(shape)} after another, as single samples "

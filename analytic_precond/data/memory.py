@@ -31,39 +31,14 @@ def largest_batch(batch_size: BatchSize) -> int:
 
 
 class Pieces:
-    """Work on rows, at most ``size`` at a time; with ``"auto"``, fewer once memory has run out.
-
-    Args:
-        batch_size: The most rows at a time, or ``"auto"``: 256, halved as often as necessary, for good.
-
-    Examples:
-        >>> def work(piece: slice) -> str:
-        ...     if piece.stop - piece.start > 100:
-        ...         raise RuntimeError("out of memory")
-        ...     return f"{piece.start} to {piece.stop}"
-        >>> [result for _, result in Pieces("auto")(150, work, "the first batch")]
-        ['0 to 64', '64 to 128', '128 to 150']
-    """
+    """Work on rows, at most so many at a time; with ``"auto"`` 256, halved for good whenever memory runs out."""
 
     def __init__(self, batch_size: BatchSize) -> None:
         self.size = largest_batch(batch_size)
         self.adapts = batch_size == "auto"
 
     def __call__(self, num: int, work: Callable[[slice], T], where: str) -> Iterator[tuple[slice, T]]:
-        """Yield each piece of ``num`` rows with what ``work`` makes of it, in order.
-
-        Args:
-            num: Number of rows.
-            work: Called with the rows of a piece. It is called again on fewer rows where memory has run out.
-            where: The level and the batch, for the error.
-
-        Yields:
-            The piece and the result.
-
-        Raises:
-            OutOfMemoryError: If memory runs out on a single row.
-            RuntimeError: As ``work`` raised it; out of memory, too, where ``batch_size`` is a number.
-        """
+        """Yield each piece of ``num`` rows with what ``work`` makes of it; an error says where memory ended."""
         done = 0
         while done < num:
             piece = slice(done, min(done + self.size, num))

@@ -23,10 +23,6 @@ class Processes:
 
     All of them make the same calls in the same order. Each call begins with the same collective, which carries errors
     too: a process may fail anywhere, and its farewell meets the call that the others make next.
-
-    Attributes:
-        rank: Number of this process.
-        size: How many there are.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -36,11 +32,7 @@ class Processes:
         self._stopped = False
 
     def exchange(self, value: T) -> list[T]:
-        """Return the value of each process, in order.
-
-        Raises:
-            RuntimeError: If another process has failed; the error says which, and with what.
-        """
+        """Return the value of each process, in order; raise if another one has failed, and say with what."""
         words = self._all_gather((None, value))
         failed = [
             f"process {rank} of {self.size} stopped with {error}" for rank, (error, _) in enumerate(words) if error
@@ -95,12 +87,9 @@ class Processes:
 
 @contextmanager
 def processes() -> Iterator[Processes]:
-    """Join the other processes, where torch.distributed is initialised. An error in the block stops all of them.
+    """Yield this process and the others, where torch.distributed is initialised. An error in the block stops all.
 
     They talk through a gloo group of their own: the sums are on the CPU, whatever the teacher runs on.
-
-    Yields:
-        The processes.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield Processes(None)

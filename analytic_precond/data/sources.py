@@ -27,13 +27,7 @@ Range = tuple[int, int]  # samples from one number to another, that one not incl
 
 
 class Batch(NamedTuple):
-    """Clean samples, and what the data set gives with them.
-
-    Attributes:
-        first: Index of the first sample in the run.
-        x: The samples. Shape ``(B, ...)``.
-        extra: Labels and the like, as they came.
-    """
+    """Clean samples ``(B, ...)``, the first one's index in the run, and labels and the like as they came."""
 
     first: int
     x: Tensor
@@ -41,15 +35,7 @@ class Batch(NamedTuple):
 
 
 def iterate_batches(data: object, num: int, batch_size: int, seed: int) -> Iterator[Batch]:
-    """Yield ``num`` samples in batches of at most ``batch_size``, in the order of `open_source`.
-
-    Yields:
-        The batches.
-
-    Raises:
-        TypeError: If the source or what it yields is of another kind.
-        ValueError: If there are no data, or they are not finite.
-    """
+    """Yield ``num`` samples in batches of at most ``batch_size``, in the order of `open_source`."""
     source = open_source(data, batch_size, seed)
     yield from source.batches([(0, num)], batch_size)
     if source.shortage:
@@ -97,11 +83,7 @@ def open_source(data: object, batch_size: int, seed: int) -> IndexedSource | Str
 
 
 class IndexedSource:
-    """Samples that can be asked for by their index.
-
-    Attributes:
-        words: The data in words, as far as they can be told from others.
-    """
+    """Samples that can be asked for by their index; ``words`` tell the data from others, as far as they can."""
 
     shortage = ""  # they can be visited again and again
 
@@ -122,16 +104,14 @@ class IndexedSource:
         for start, stop in ranges:
             while start < stop:
                 epoch, row = divmod(start, self._size)
-                indices = self._order(epoch)[row : row + stop - start]
+                key = np.array([self._seed, 2**64 - 1 - epoch], dtype=np.uint64)  # far from the samples' keys
+                order = np.random.Generator(np.random.Philox(key=key)).permutation(self._size)
+                indices = order[row : row + stop - start]
                 for part in np.split(indices, range(batch_size, len(indices), batch_size)):
                     x, extra = _split(self._take(part, start))
                     check_finite(x, _numbers(start, len(x)))
                     yield Batch(start, x, extra)
                     start += len(part)
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        key = np.array([self._seed, 2**64 - 1 - epoch], dtype=np.uint64)  # far from the samples' keys
-        return np.random.Generator(np.random.Philox(key=key)).permutation(self._size)
 
     def _take(self, indices: NDArray[np.int64], first: int) -> object:
         if isinstance(self._data, Tensor):
@@ -147,9 +127,7 @@ class IndexedSource:
 class StreamSource:
     """Samples that come in an order of their own, in batches of any size; ``batched`` if they surely are batches.
 
-    Attributes:
-        words: The data in words, as far as they can be told from others.
-        shortage: What to tell the user once the data have run out.
+    ``words`` tell the data from others, ``shortage`` is what to tell the user once they have run out.
     """
 
     def __init__(self, data: Iterable[object], seed: int, batched: bool) -> None:

@@ -25,29 +25,17 @@ Levels = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two estimates of one quantity are apart.
-
-    Attributes:
-        largest: The largest absolute difference.
-        largest_at: Where: the noise level ``(t,)``, or the jump ``(t, s)``.
-        most: The largest one in units of its standard error.
-        most_at: Where that is.
-    """
+    """How far estimates of one quantity are apart at most, and where: at the level ``(t,)`` or the jump ``(t, s)``."""
 
     largest: float
     largest_at: Levels
-    most: float
-    most_at: Levels
+    most_standard_errors: float
+    most_standard_errors_at: Levels
 
 
 @dataclass(frozen=True)
 class StatisticsComparison:
-    """What `compare_statistics` found.
-
-    Attributes:
-        differences: By quantity: ``"l"``, ``"s"``, ``"ln S"`` at all levels, ``"c_skip"``, ``"c_out"`` of jumps.
-        limit: The number of standard errors that no difference may exceed.
-    """
+    """What differs, by quantity, and the number of standard errors that no difference may exceed."""
 
     differences: dict[str, Difference]
     limit: float
@@ -55,11 +43,11 @@ class StatisticsComparison:
     @property
     def agree(self) -> bool:
         """Whether all differences may be sampling noise."""
-        return all(difference.most <= self.limit for difference in self.differences.values())
+        return all(difference.most_standard_errors <= self.limit for difference in self.differences.values())
 
 
 def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> StatisticsComparison:
-    r"""Compare two estimates at each noise level, and the jumps that follow from them.
+    r"""Return how far two estimates differ at each noise level, and in the jumps that follow from them.
 
     Each of m quantities has a difference $\delta$ and its standard error, that of two independent estimates:
 
@@ -71,28 +59,9 @@ def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> S
     independent estimates of one teacher are then said to differ in at most one case of a hundred. The noise of
     estimates with the same seed cancels in part: they differ by less than the errors say.
 
-    Args:
-        first: Statistics.
-        second: Statistics at the same levels, by whatever estimators, of whatever teacher.
-
-    Returns:
-        The largest differences, and whether they may be sampling noise.
-
     Raises:
         ValueError: If levels differ, there are too few samples for standard errors, or no jumps follow from the
             statistics.
-
-    Examples:
-        >>> from analytic_precond import GaussianDenoiser, estimate_statistics
-        >>> data = torch.randn(256, 4, generator=torch.Generator().manual_seed(0))
-        >>> levels = torch.tensor([4.0, 2.0, 1.0])
-        >>> one, other = (
-        ...     estimate_statistics(GaussianDenoiser(c), data, levels, 256, progress=False) for c in (1.0, 1.5))
-        >>> comparison = compare_statistics(one, other)
-        >>> comparison.differences["l"].largest  # at t = 1: 1.5 / 2.5 - 1 / 2
-        0.1000
-        >>> comparison.agree
-        False
     """
     _check_levels(first.levels, second.levels)
     groups = min(len(first.counts), len(second.counts))
@@ -106,11 +75,9 @@ def compare_statistics(first: TeacherStatistics, second: TeacherStatistics) -> S
     delta = np.abs(values_1 - values_2)
     z = delta / np.sqrt(errors_1**2 + errors_2**2 + rounding**2)
 
-    level, t, s = _places(first)
-    at_levels, of_jumps = [(x,) for x in level.tolist()], list(zip(t.tolist(), s.tolist(), strict=True))
-    places: dict[str, list[Levels]] = {
-        "l": [*at_levels], "s": [*at_levels], "ln S": [*at_levels], "c_skip": [*of_jumps], "c_out": [*of_jumps]
-    }  # fmt: skip
+    at_levels: list[Levels] = [(t,) for t in first.levels.tolist()]
+    of_jumps: list[Levels] = list(zip(*(end.tolist() for end in _jumps(first.levels)), strict=True))
+    places = dict.fromkeys(("l", "s", "ln S"), at_levels) | dict.fromkeys(("c_skip", "c_out"), of_jumps)
     differences, start = {}, 0
     for name, where in places.items():
         own = slice(start, start + len(where))
@@ -131,24 +98,19 @@ def _check_levels(first: Tensor, second: Tensor) -> None:
     )
 
 
-def _places(statistics: TeacherStatistics) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the levels, and from where to where the jumps go."""
-    levels = statistics.levels
-    index = (
-        torch.linspace(0, len(levels) - 1, min(_JUMP_ENDS, len(levels)), dtype=torch.float64, device="cpu")
-        .round()
-        .long()
-    )
-    start, end = torch.triu_indices(len(index), len(index), offset=1, device="cpu")
-    return levels, levels[index[start]], levels[index[end]]
+def _jumps(levels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return from where to where the jumps go."""
+    num = min(_JUMP_ENDS, len(levels))
+    some = levels[torch.linspace(0, len(levels) - 1, num, dtype=torch.float64, device="cpu").round().long()]
+    start, end = torch.triu_indices(num, num, offset=1, device="cpu")
+    return some[start], some[end]
 
 
 def _quantities(statistics: TeacherStatistics) -> Array:
     """Return l, s, ln S at the levels and c_skip, c_out of the jumps, one after the other."""
-    levels, t, s = _places(statistics)
-    precond = AnalyticPreconditioning(statistics)
+    levels, precond = statistics.levels, AnalyticPreconditioning(statistics)
     S_ratio = precond.integrals(levels[:1].expand_as(levels), levels).S_ratio
-    return torch.cat([statistics.l, statistics.s, S_ratio.log(), *precond(t, s)]).numpy()
+    return torch.cat([statistics.l, statistics.s, S_ratio.log(), *precond(*_jumps(levels))]).numpy()
 
 
 def _jackknifed(statistics: TeacherStatistics) -> tuple[Array, Array]:

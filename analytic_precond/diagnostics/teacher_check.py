@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_count
+from .._checks import check_callable, check_count
 from .._conditions import Condition
 from .._modules import Wrapper
 from .._precision import wide_dtype
@@ -67,25 +68,18 @@ def check_teacher(
     in train mode or far from trained. It takes the time of ``estimate_statistics(..., s_method="jvp")`` on as many
     samples and levels; where a layer has no forward-mode derivative, ``"finite-difference"`` is used.
 
-    Args:
-        denoiser: The teacher, as for `estimate_statistics`.
-        data: Clean data, as for `estimate_statistics`; visited twice, so not a generator.
-        levels: Decreasing noise levels, shape ``(K,)``. Default: 40 from 80 to 0.002, inside what the
-            teacher knows; few levels make s_t inexact.
-        num_samples: Noisy samples per level, at least 32.
-        batch_size: Largest batch that the teacher sees, or ``"auto"``, as for `estimate_statistics`.
-        seed: Seed of noise and data order. The global RNG is left as it was.
-        progress: Show a progress bar.
-        condition: As for `estimate_statistics`.
-        device: Where the teacher runs. Default: the device of its parameters or buffers, else the data's.
+    The arguments and the errors are those of `estimate_statistics`, but for
+
+    - ``data``: Clean data, visited twice, so not a generator,
+    - ``levels``: By default 40 from 80 to 0.002, inside what the teacher knows; few levels make s_t inexact,
+    - ``num_samples``: Noisy samples per level, at least 32.
 
     Returns:
         The report. ``report.verdict`` is ``"consistent"`` (nothing found beyond sampling error), ``"close"`` (a trained
         network) or ``"inconsistent"``, the worst of all levels; ``print(report)`` says where and what it may mean.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or as for `estimate_statistics`.
+        TypeError: If ``data`` is a generator.
         RuntimeError: As the teacher raised it, out of memory for one.
 
     Examples:
@@ -96,37 +90,21 @@ def check_teacher(
         >>> check_teacher(GaussianDenoiser(0.25), 127.5 * data, progress=False).verdict
         'inconsistent'
     """
-    if not callable(denoiser):
-        raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
+    check_callable(denoiser, "denoiser", "denoiser(x, t)")
     if isinstance(data, Iterator):
         raise TypeError(f"data must be something to visit twice, got a {type(data).__name__}: pass list(data).")
     check_count(num_samples, 32, "num_samples", "Standard errors need groups of samples.")
     levels = default_levels(denoiser, 40) if levels is None else levels
     name = name_of(denoiser, None)
     teacher = _AskedTwice(denoiser)
-
-    def estimate(s_method: str) -> TeacherStatistics:
-        return estimate_statistics(
-            teacher,
-            data,
-            levels,
-            num_samples,
-            batch_size,
-            "stein",
-            s_method,
-            seed,
-            progress,
-            condition=condition,
-            device=device,
-            description=name,
-        )
-
+    settings: dict[str, Any] = {"seed": seed, "progress": progress, "condition": condition, "device": device}
+    estimate = partial(estimate_statistics, teacher, data, levels, num_samples, batch_size, "stein", **settings)
     try:
-        statistics = estimate("jvp")
+        statistics = estimate(s_method="jvp", description=name)
     except RuntimeError as error:  # no forward mode; an error of the teacher's own comes again
         if is_out_of_memory(error):
             raise
-        statistics = estimate("finite-difference")
+        statistics = estimate(s_method="finite-difference", description=name)
     variance = _element_variance(data, num_samples // 2, largest_batch(batch_size), seed)
     return TeacherReport(
         statistics, _check_transport(statistics), *_check_error(statistics, variance), teacher.difference or 0.0

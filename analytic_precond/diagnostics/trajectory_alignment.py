@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_levels, check_reached
+from .._checks import check_answer, check_callable, check_levels
 from .._conditions import plain
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import per_sample
@@ -90,8 +90,7 @@ def trajectory_alignment(
         tensor([0.0726, 0.2236], dtype=torch.float64)
     """
     velocity = Velocity.of(denoiser, x, condition)
-    if not callable(student):
-        raise TypeError(f"student must be callable as student(x_t, t, s), got {type(student).__name__}.")
+    check_callable(student, "student", "student(x_t, t, s)")
     check_levels(levels)
     check_steps(num_steps)
     grid = [per_sample(level, x, "levels") for level in levels.to(wide_dtype(x.device))]
@@ -99,7 +98,7 @@ def trajectory_alignment(
 
     def jump(x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
         reached = student(x_t.to(x.dtype), t.to(level_dtype), s.to(level_dtype), **plain(condition))
-        check_reached(reached, x)
+        check_answer(reached, x, "student")
         return reached.to(s.dtype)
 
     # the student first: if it refuses the levels, no teacher has run in vain

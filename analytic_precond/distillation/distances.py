@@ -49,17 +49,8 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float | None = None) -> Tensor:
     It is $|x - y|^2 / (2c)$ for errors well below c and $|x - y| - c$ well above (Song and Dhariwal 2024, iCT).
     ECT's norm without c is the limit of a small one, such as FastGen's 1e-8.
 
-    Args:
-        x: A batch. Shape ``(B, ...)``.
-        y: What to compare it with. Shape of ``x``.
-        c: Where the square turns into the norm, positive. Default: iCT's $0.00054 \sqrt d$.
-
-    Returns:
-        One distance per sample, in the wider of the two dtypes and at least float32. Shape ``(B,)``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If the shapes differ or ``c`` is not positive.
+    The square turns into the norm at ``c``, positive and by default iCT's $0.00054 \sqrt d$. The other arguments, the
+    result and the errors are those of `squared_error`.
 
     Examples:
         >>> pseudo_huber(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), c=12.0)
@@ -74,10 +65,7 @@ def pseudo_huber_elementwise(x: Tensor, y: Tensor, c: float | None = None) -> Te
 
     Not a multiple of `pseudo_huber`: here a few large errors do not hide the small ones.
 
-    The arguments and the errors are those of `pseudo_huber`; the default of ``c`` is diffusers'.
-
-    Returns:
-        One distance per sample, in the wider of the two dtypes and at least float32. Shape ``(B,)``.
+    The arguments, the result and the errors are those of `pseudo_huber`; the default of ``c`` is diffusers'.
 
     Examples:
         >>> pseudo_huber_elementwise(torch.tensor([[3.0, 0.0]]), torch.zeros(1, 2), c=4.0)

@@ -6,10 +6,10 @@ import math
 
 import torch
 
-from .._checks import check_count, check_positive
+from .._checks import check_count
 from .._precision import wide_dtype
-from ..noise_levels.random_levels import check_generator, draw
-from .jump_times import JumpTimes, check_grid
+from ..noise_levels.random_levels import check_normal, draw
+from .jump_times import JumpTimes, check_times
 
 
 def sample_ict_times(
@@ -27,32 +27,19 @@ def sample_ict_times(
     $$P(i) \propto \mathrm{erf}\Big(\frac{\ln t_i - mean}{\sqrt 2\, std}\Big)
       - \mathrm{erf}\Big(\frac{\ln t_{i + 1} - mean}{\sqrt 2\, std}\Big)$$
 
-    Args:
-        batch: Number of samples B, at least 1.
-        levels: Noise levels, strictly decreasing, at least 2: `ict_num_levels` of them on Karras's grid.
-        mean: Mean of $\ln t$.
-        std: Standard deviation of $\ln t$, positive.
-        generator: Source of the random numbers. Default: torch's own.
+    The arguments and the errors are those of `sample_jump_times`, for `ict_num_levels` levels of Karras's grid; and
+    those of `sample_lognormal_noise_levels`, for the law's ``mean`` and ``std``.
 
     Returns:
         The times, with indices, in the levels' dtype and on their device.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a number is out of its range or the levels do not decrease (off the CPU their values are not
-            looked at).
 
     Examples:
         >>> levels = torch.tensor([1000.0, 1.0, 0.999, 0.998])  # nearly all of the law N(3, 1) is in the first interval
         >>> sample_ict_times(3, levels, mean=3.0, std=1.0, generator=torch.Generator().manual_seed(0)).u
         tensor([1., 1., 1.])
     """
-    check_count(batch, 1, "batch", "Pass len(x).")
-    check_generator(generator)
-    check_grid(levels)
-    if isinstance(mean, bool) or not isinstance(mean, int | float) or not math.isfinite(mean):
-        raise TypeError(f"mean must be a finite number, got {mean!r}: it is the mean of ln t.")
-    check_positive(std, "std")
+    check_times(batch, levels, generator)
+    check_normal(mean, std)
 
     edges = torch.special.erf((levels.to(wide_dtype(levels.device)).log() - mean) / (math.sqrt(2) * std))
     share = (edges[:1] - edges[1:]) / (edges[0] - edges[-1])  # of the law below each interval's start, cumulated
@@ -63,7 +50,7 @@ def sample_ict_times(
 
 
 def ict_num_levels(step: int, total_steps: int, first: int = 10, last: int = 1280) -> int:
-    r"""Return the size of the grid at a training step: it doubles at equal spans (Song and Dhariwal 2023, section 3.4).
+    r"""Return the number of levels at a training step: it doubles at equal spans (Song and Dhariwal 2023, section 3.4).
 
     $$N(k) = \min\big(s_0 2^{\lfloor k / K' \rfloor}, s_1\big) + 1, \qquad
       K' = \left\lfloor \frac{K}{\log_2 \lfloor s_1 / s_0 \rfloor + 1} \right\rfloor$$
@@ -73,9 +60,6 @@ def ict_num_levels(step: int, total_steps: int, first: int = 10, last: int = 128
         total_steps: Number of steps K of the training, at least 1.
         first: Number of intervals $s_0$ at first, at least 1.
         last: Number of intervals $s_1$ in the end, at least ``first``.
-
-    Returns:
-        Number of levels, one more than intervals.
 
     Raises:
         TypeError: If an argument is not an integer.

@@ -12,7 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_choice, check_count, check_level, check_levels, check_positive, may_read
+from .._checks import (
+    all_true,
+    check_choice,
+    check_count,
+    check_grid,
+    check_level,
+    check_levels,
+    check_not_negative,
+    check_positive,
+    may_read,
+)
 from .._precision import wide_dtype
 from ..noise_levels.random_levels import check_destination, check_generator, check_ramp, draw, karras_level
 from ..students.base import default_range
@@ -87,21 +97,18 @@ def sample_jump_times(
         >>> bool((times.t > times.u).all()), torch.equal(times.t, levels[times.t_index])
         (True, True)
     """
-    check_count(batch, 1, "batch", "Pass len(x).")
+    check_times(batch, levels, generator)
     check_count(max_steps, 1, "max_steps")
-    check_generator(generator)
     check_choice(step_weighting, ("weighted", "uniform"), "step_weighting")
     check_choice(end, ("uniform", "smallest"), "end")
-    check_grid(levels)
-
     N = len(levels)
     uniform_k, uniform_i, uniform_j = draw(torch.rand, (3, batch), levels.device, generator)
     steps = torch.arange(1, min(max_steps, N - 1) + 1, device=levels.device)
     cumulative = (steps if step_weighting == "weighted" else torch.ones_like(steps)).cumsum(0)
-    k = 1 + torch.searchsorted(cumulative, below(cumulative[-1], uniform_k), right=True)
-    i = below(N - k, uniform_i)
+    k = 1 + torch.searchsorted(cumulative, _below(cumulative[-1], uniform_k), right=True)
+    i = _below(N - k, uniform_i)
     u = i + k
-    j = u + below(N - u, uniform_j) if end == "uniform" else torch.full_like(u, N - 1)
+    j = u + _below(N - u, uniform_j) if end == "uniform" else torch.full_like(u, N - 1)
     return JumpTimes(levels[i], levels[u], levels[j], i, u, j, levels)
 
 
@@ -110,17 +117,10 @@ def sample_adjacent_times(batch: int, levels: Tensor, generator: torch.Generator
 
     $t = t_i$ with i uniform on $\{0, \dots, N - 2\}$, u the next level, s the last one.
 
-    Args:
-        batch: Number of samples B, at least 1.
-        levels: Noise levels, strictly decreasing, at least 2.
-        generator: Source of the random numbers. Default: torch's own.
+    The arguments and the errors are those of `sample_jump_times`.
 
     Returns:
         The times, with indices, in the levels' dtype and on their device.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If ``batch`` is below 1 or the levels do not decrease.
 
     Examples:
         >>> sample_adjacent_times(3, torch.tensor([2.0, 1.0])).u
@@ -235,8 +235,7 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
     check_count(stage, 0, "stage")
     check_positive(q, "q")
     check_positive(b, "b")
-    if k != 0:
-        check_positive(k, "k")
+    check_not_negative(k, "k")
     if q <= 1:
         raise ValueError(f"q must be above 1, got {q}: it divides the distance of t and r at every stage.")
     valid = (t > 0) & (t < torch.inf)
@@ -251,16 +250,15 @@ def ect_target_times(t: Tensor, stage: int = 0, q: float = 2.0, k: float = 8.0, 
     return (wide * ratio.clamp(min=0)).to(t.dtype)
 
 
-def below(bound: Tensor, uniform: Tensor) -> Tensor:
+def _below(bound: Tensor, uniform: Tensor) -> Tensor:
     """Return integers uniform on {0, ..., bound - 1}; in floating point bound * (1 - eps / 2) stays below bound."""
     return (bound * uniform).long()
 
 
-def check_grid(levels: object) -> None:
-    """Refuse what is not a grid; its values are looked at on the CPU only, where that stalls nothing."""
-    check_level(levels, "levels")
-    assert isinstance(levels, Tensor)
+def check_times(batch: object, levels: Tensor, generator: object) -> None:
+    """Refuse what no times on a grid are drawn of; levels are looked at on the CPU only, where that stalls nothing."""
+    check_count(batch, 1, "batch", "Pass len(x).")
+    check_generator(generator)
+    check_grid(levels)
     if may_read(levels):
         check_levels(levels)
-    elif levels.ndim != 1 or levels.numel() < 2:
-        raise ValueError(f"levels must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}.")

@@ -8,12 +8,12 @@ dropout's. Nothing stalls the device as long as the times' indices are on the CP
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_device, check_level, check_positive, check_tensor
+from .._checks import all_true, check_callable, check_device, check_level, check_positive, check_tensor
 from .._conditions import Condition
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to
@@ -146,9 +146,9 @@ def trajectory_distillation_loss(
     if sigma_min is not None:
         check_positive(sigma_min, "sigma_min")
     t, u, s, x_t, x_u = _points(denoiser, x_0, noise, times, num_steps, condition)
-    last: Tensor | float = default_range(student)[0] if sigma_min is None else sigma_min
-    if sigma_min is None and times.levels is not None:
-        last = times.levels[-1]
+    last: Tensor | float | None = sigma_min
+    if last is None:
+        last = default_range(student)[0] if times.levels is None else times.levels[-1]
     end = place(last, s.device, s.dtype).expand_as(s).minimum(s)  # float32 grids end at 0.0019999996
     passes = StudentPasses(condition, share_dropout)
 
@@ -160,16 +160,6 @@ def trajectory_distillation_loss(
     return compare(estimate, goal, t=t, u=u, s=s)
 
 
-class _Points(NamedTuple):
-    """The levels t, u, s where the data are, in their dtype, float32 at least: students compute in it; and x_t, x_u."""
-
-    t: Tensor
-    u: Tensor
-    s: Tensor
-    x_t: Tensor
-    x_u: Tensor
-
-
 def _points(
     denoiser: Denoiser | None,
     x_0: Tensor,
@@ -177,12 +167,13 @@ def _points(
     times: JumpTimes,
     num_steps: Tensor | int | None,
     condition: Condition,
-) -> _Points:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return t, u and s where the data are, in their dtype, float32 at least: students compute in it; x_t and x_u."""
     dtype = torch.promote_types(x_0.dtype, torch.float32)
     t, u, s = (place(level, x_0.device, dtype) for level in (times.t, times.u, times.s))
     x_t = add_noise(x_0, noise, t)
     x_u = add_noise(x_0, noise, u) if denoiser is None else _follow(denoiser, x_t, times, num_steps, condition)
-    return _Points(t, u, s, x_t, x_u)
+    return t, u, s, x_t, x_u
 
 
 def add_noise(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -197,16 +188,11 @@ def _follow(
     """Return x_u, the teacher's. Times as they came: indices on the CPU let its steps be planned without waiting."""
     if times.levels is not None and times.t_index is not None and times.u_index is not None:
         return heun_solve(denoiser, x_t, times.levels, times.t_index, times.u_index, **condition)
-    steps = _steps_of_edm(times) if num_steps is None else num_steps
-    return heun_solve_between(denoiser, x_t, times.t, times.u, steps, **condition)
-
-
-def _steps_of_edm(times: JumpTimes) -> Tensor:
-    """Return as many steps as EDM's 18 levels from 80 to 0.002 have between t and u, at least 1."""
-    t, u = (level.to(wide_dtype(level.device)) ** (1 / 7) for level in (times.t, times.u))
-    span = (t - u) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
-    steps: Tensor = (17 * span - 1e-5).ceil()  # a whole number of them is that number in float32, too
-    return steps.clamp(min=1).long()
+    if num_steps is None:  # as many as EDM's 18 levels from 80 to 0.002 have between t and u, at least 1
+        t, u = (level.to(wide_dtype(level.device)) ** (1 / 7) for level in (times.t, times.u))
+        span = (t - u) / (80 ** (1 / 7) - 0.002 ** (1 / 7))
+        num_steps = (17 * span - 1e-5).ceil().clamp(min=1).long()  # a whole number is that number in float32, too
+    return heun_solve_between(denoiser, x_t, times.t, times.u, num_steps, **condition)
 
 
 def _check(
@@ -215,8 +201,7 @@ def _check(
     """Refuse bad arguments before any network is called."""
     check_data(x_0, noise)
     for student in students:
-        if not callable(student):
-            raise TypeError(f"student and target must be callable as student(x_t, t, s), got {type(student).__name__}.")
+        check_callable(student, "student and target", "student(x_t, t, s)")
     if not isinstance(times, JumpTimes):
         raise TypeError(
             f"times must be JumpTimes, got {type(times).__name__}: take sample_jump_times, or JumpTimes(t, u, s)."

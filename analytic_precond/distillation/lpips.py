@@ -153,7 +153,8 @@ class LPIPSDistance(nn.Module):
                 distances = self._distance(x, y)
             else:
                 pieces = zip(x.split(self.chunk), y.split(self.chunk), strict=True)
-                distances = torch.cat([self._checkpointed(*piece) for piece in pieces])
+                nothing_random: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+                distances = torch.cat([checkpoint(self._distance, *piece, **nothing_random) for piece in pieces])
         return distances if valid is None else torch.where(valid, distances, torch.nan)
 
     def train(self, mode: bool = True) -> LPIPSDistance:
@@ -169,11 +170,6 @@ class LPIPSDistance(nn.Module):
         images = images if self.resize is None else self.resize(images)
         stages = self.network.net(self.network.scaling_layer(images))
         return [functional.normalize(stage, dim=1, eps=_EPSILON) for stage in stages]
-
-    def _checkpointed(self, x: Tensor, y: Tensor) -> Tensor:
-        # nothing inside is random
-        distances: Tensor = checkpoint(self._distance, x, y, use_reentrant=False, preserve_rng_state=False)
-        return distances
 
     def _check_shapes(self, x: Tensor, y: Tensor) -> None:
         check_tensor(x, "x")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from .._checks import check_reached
+from .._checks import check_answer
 from .._conditions import Condition, plain
 
 StudentFunction = Callable[..., Tensor]
@@ -23,11 +22,8 @@ class StudentPasses:
     """Jumps of students ``student(x_t, t, s, **condition)`` that are to be compared.
 
     A layer may rewrite its weights in each pass in train mode (EDM2 normalises them), and autograd refuses a graph
-    whose weights were rewritten since. So the differentiated jump comes last, but for a jump of its result.
-
-    Args:
-        condition: Handed to every student.
-        share_dropout: Give all passes the same dropout masks, those of the differentiated one.
+    whose weights were rewritten since. So the differentiated jump comes last, but for a jump of its result. Shared
+    dropout masks are those of the differentiated jump.
     """
 
     def __init__(self, condition: Condition, share_dropout: bool) -> None:
@@ -56,7 +52,7 @@ class StudentPasses:
 
     def _pass(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         reached = student(x, t, s, **self.condition)
-        check_reached(reached, x)
+        check_answer(reached, x, "student")
         return reached
 
     def jump_of_input(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -152,9 +148,7 @@ class SharedDropout:
             _restore(self._first)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Leave the generators as a later block found them."""
         if self._outside is not None:
             _restore(self._outside)

@@ -104,17 +104,7 @@ class Loss:
 
 @dataclass
 class WeightedDistance:
-    """The distance of two batches, weighted by their noise levels.
-
-    Args:
-        distance: Maps two batches to one number per sample, shape ``(B,)``.
-        weighting: A name from ``WEIGHTINGS``, or a function of t, u, s and ``sigma_data``.
-        sigma_data: Standard deviation of the data, for the weighting.
-
-    Raises:
-        TypeError: If ``sigma_data`` is no number.
-        ValueError: If the weighting is unknown or ``sigma_data`` not positive.
-    """
+    """The distance of two batches, weighted by their noise levels; the arguments are those of the losses."""
 
     distance: Distance
     weighting: str | Weighting
@@ -127,30 +117,13 @@ class WeightedDistance:
         check_positive(self.sigma_data, "sigma_data")
 
     def __call__(self, estimate: Tensor, target: Tensor, **times: Tensor) -> Loss:
-        """Return the mean over the batch.
-
-        Args:
-            estimate: What is trained. Shape ``(B, ...)``.
-            target: What it should be. Shape of ``estimate``.
-            **times: The noise levels t, and u and s if there are. Shape ``(B,)``.
-
-        Raises:
-            ValueError: If the distance or the weighting returns another shape or (on the CPU) something that is not
-                finite.
-        """
+        """Return the mean over the batch; of the noise levels, shape ``(B,)``, there may be u and s beside t."""
         distances = self.distance(estimate, target)
-        if not isinstance(distances, Tensor) or distances.shape != estimate.shape[:1]:
-            raise ValueError(
-                f"the distance must return one number per sample, shape {tuple(estimate.shape[:1])}, got "
-                f"{_shape(distances)}: average over the elements of each sample only."
-            )
+        _check_per_sample(distances, estimate, "distance")
         weighting = WEIGHTINGS[self.weighting] if isinstance(self.weighting, str) else self.weighting
         t = times["t"]
         weight = weighting(t, times.get("u", t), times.get("s", t), self.sigma_data)
-        if not isinstance(weight, Tensor) or weight.shape != t.shape:
-            raise ValueError(
-                f"the weighting must return one number per sample, shape {tuple(t.shape)}, got {_shape(weight)}."
-            )
+        _check_per_sample(weight, estimate, "weighting")
         weight = weight.to(distances.dtype)
         # inductor cannot differentiate a product with ones that the graph itself made (torch 2.13)
         per_sample = distances if self.weighting == "uniform" else weight * distances
@@ -161,5 +134,10 @@ class WeightedDistance:
         return result
 
 
-def _shape(value: object) -> object:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+def _check_per_sample(values: object, x: Tensor, name: str) -> None:
+    if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(
+            f"the {name} must return one number per sample, shape {tuple(x.shape[:1])}, got {got}: average over the "
+            f"elements of each sample only."
+        )

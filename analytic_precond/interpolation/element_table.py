@@ -18,7 +18,7 @@ from torch import Tensor
 from .._precision import TableModule
 from . import splines
 from .float32_integrals import gauss_mean, jump_pieces
-from .integral_table import MAX_FALL, MAX_SPAN, PairIntegrals, running_sum
+from .integral_table import PairIntegrals, fault, running_sum
 from .spline_table import local_basis, local_weights, recentred
 from .splines import Array
 
@@ -32,17 +32,9 @@ _AT_ONCE = 1024  # elements: splines through 1200 levels then take 10 MB each, n
 class ElementTable(TableModule):
     r"""B-splines of $l$, $\ln L$ and $\ln (L S)$ in $\lambda = -\ln t$, of n elements.
 
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        l: The elements' linear coefficients. Shape ``(n, K)``.
-        ln_S: Returns the ln S of a slice of the elements, a function of lambda up to constants, whose results have the
-            shape ``(elements, *lambda.shape)``.
-        shape: The elements' shape, of n in all. Checkpoints of other shapes are refused.
-        advice: What to do about coefficients that are refused.
-
-    Raises:
-        ValueError: If an element's ln(L S) falls so far that its running integral would lose its digits, or is too
-            steep for it.
+    Made of l at the levels, ``(n, K)``, and of what returns the ln S of a slice of the elements, a function of lambda
+    up to constants. Refused, with the advice, where an element's ln(L S) falls so far that its running integral would
+    lose its digits, or is too steep for it; so are checkpoints of elements of another shape.
     """
 
     ends_in = "edges"
@@ -84,12 +76,12 @@ class ElementTable(TableModule):
         running = np.empty((2, len(begins), len(l)))
         for start in range(0, len(l), _AT_ONCE):
             some = slice(start, start + _AT_ONCE)
-            l_at = splines.linear_coefficients(levels, l[some])
+            l_at = splines.linear_coefficient(levels, l[some])
             ln_L = _running_integral(1 - l_at(nodes), lam)[0]
             h = ln_L + ln_S(some)(lam)
-            fault = _fault(lam, h)
-            if fault is not None:
-                element, what = fault
+            found = fault(lam, h, np.ptp(h, axis=1), np.abs(np.diff(h)), _MAX_STEP)
+            if found is not None:
+                element, what = found
                 raise ValueError(
                     f"l and s must not let ln(L S) {what} in {element_name(start + element, shape)}: {advice}"
                 )
@@ -181,19 +173,3 @@ def _running_integral(density: Array, lam: Array) -> tuple[Array, Array]:
     The density is given at `_gauss_nodes`, shape ``(n, cells, nodes)``.
     """
     return running_sum((density * _GAUSS[1]).sum(-1) * np.diff(lam) / 2)
-
-
-def _fault(lam: Array, h: Array) -> tuple[int, str] | None:
-    """Return an element whose h = ln(L S) the table could not hold, and what it does. Shape ``(n, len(lam))``."""
-    fall, span, step = np.maximum.accumulate(h, axis=1) - h, np.ptp(h, axis=1), np.abs(np.diff(h))
-    if not fall.max() <= MAX_FALL:
-        element, point = np.unravel_index(fall.argmax(), fall.shape)
-        got = f"{fall[element, point]:.4g} down to t = {math.exp(-lam[point]):.6g}"
-        return int(element), f"fall by more than {MAX_FALL:g} over the levels, got {got}"
-    if not span.max() <= MAX_SPAN:
-        return int(span.argmax()), f"span more than {MAX_SPAN:g} over the levels, got {span.max():.4g}"
-    if not step.max() <= _MAX_STEP:
-        element, point = np.unravel_index(step.argmax(), step.shape)
-        got = f"{step[element, point]:.4g} at t = {math.exp(-lam[point]):.6g}"
-        return int(element), f"change by more than {_MAX_STEP:g} within {lam[1] - lam[0]:.3g} in lambda, got {got}"
-    return None

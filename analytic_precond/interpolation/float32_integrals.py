@@ -19,16 +19,10 @@ _WEIGHTS = (5 / 18, 8 / 18)  # of the outer points, and of the one between
 def float32_tables(polynomials: Tensor, running: Tensor, ends: Tensor) -> dict[str, Tensor]:
     r"""Return the float32 tables that stand for those of an `IntegralTable`.
 
-    Args:
-        polynomials: Of l, ln L, ln S and N, per cell. Shape ``(powers, 4, cells)``, float64.
-        running: N at the cells' noisy ends, high + low. Shape ``(cells, 2)``, float64.
-        ends: sigma_max and sigma_min. Shape ``(2,)``, float64.
-
-    Returns:
-        ``cells``: polynomials of l, and of what ln L and ln S add since the cell's noisy end, shape
-        ``(powers, 3, cells)``. ``edges``: the levels of the cells' ends as high + low, shape ``(2, cells + 1)``.
-        ``pairs``: for cells i and j the ratios $L_i / L_j$ and $S_j / S_i$ at their noisy ends, and
-        $\int_{e_{i+1}}^{e_j} L S\, d\lambda / (L_j S_j)$, shape ``(cells * cells, 3)``.
+    - ``cells``: polynomials of l, and of what ln L and ln S add since the cell's noisy end, ``(powers, 3, cells)``,
+    - ``edges``: the levels of the cells' ends as high + low, ``(2, cells + 1)``,
+    - ``pairs``: for cells i and j the ratios $L_i / L_j$ and $S_j / S_i$ at their noisy ends, and
+      $\int_{e_{i+1}}^{e_j} L S\, d\lambda / (L_j S_j)$, ``(cells * cells, 3)``.
     """
     powers, _, num = polynomials.shape
     # 1. ln L and ln S at the cells' noisy ends, v = -1, and the polynomials of what they add since.
@@ -87,18 +81,10 @@ def float32_integrals(
 
 
 def jump_pieces(edges: Tensor, i: Tensor, j: Tensor, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return where a jump's pieces are in their cells, in lambda, with no digits lost beside the diagonal.
+    """Return where the pieces of a jump from cell i to cell j are, in lambda, with no digits lost beside the diagonal.
 
-    Args:
-        edges: The levels of the cells' ends as high + low. Shape ``(2, cells + 1)``.
-        i: The cell of t.
-        j: The cell of s, the same or a later one.
-        t: The jumps' first levels.
-        s: The jumps' last levels.
-
-    Returns:
-        Distances from the cells' noisy ends: of t and of s, then of Gauss's nodes on the two pieces, shape
-        ``(4, 2, *t.shape)``; the length of the piece from t to its cell's clean end (or s), and of the rest to s.
+    That is, distances from the cells' noisy ends: of t and of s, then of Gauss's nodes on the two pieces, shape
+    ``(4, 2, *t.shape)``; the length of the piece from t to its cell's clean end (or s), and of the rest to s.
     """
     levels, same = torch.stack([t, s]), i == j
     high, low = edges[:, torch.stack([i, j, i + 1])]  # never an index of one number, which the host would read

@@ -24,8 +24,8 @@ Function = Callable[[Array], Array]
 
 _CELLS = 512  # 0.02 in lambda each, for the usual range
 _DEGREE = 4  # interpolates exp(h) over a cell to 1e-11
-MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits
-MAX_SPAN = 600.0  # float64 ends at e^709
+_MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits
+_MAX_SPAN = 600.0  # float64 ends at e^709
 _MAX_STEP = 1.0  # in a cell: L S is then interpolated to 4e-5, half as steep to 1e-6
 
 
@@ -50,14 +50,8 @@ class PairIntegrals(NamedTuple):
 class IntegralTable(TableModule):
     r"""Piecewise polynomials of $l$, $\ln L$, $\ln S$ and $N$ in $\lambda = -\ln t$.
 
-    Args:
-        sigma_max: Noisiest level.
-        sigma_min: Cleanest level.
-        l: l as a function of lambda.
-        ln_S: ln S as a function of lambda, up to a constant.
-
-    Raises:
-        ValueError: If ln(L S) falls so far that the running integral would lose its digits, or is too steep for it.
+    Made of l and ln S, the latter up to a constant, as functions of lambda. Refused where ln(L S) falls so far that the
+    running integral would lose its digits, or is too steep for it.
     """
 
     ends_in = "ends"
@@ -91,7 +85,13 @@ class IntegralTable(TableModule):
         # a cell; what all cells before it add is kept beside it, as high + low.
         ln_S_values = ln_S(lam)
         h = _values(ln_L, nodes) + ln_S_values
-        _check(lam, h, max(np.ptp(h), np.ptp(ln_L[:, -1]), np.ptp(ln_S_values)))
+        spans = np.array([max(np.ptp(h), np.ptp(ln_L[:, -1]), np.ptp(ln_S_values))])  # of each, not of their sum alone
+        found = fault(lam.ravel(), h.reshape(1, -1), spans, np.ptp(h, axis=1)[None], _MAX_STEP)
+        if found is not None:
+            raise ValueError(
+                f"l and s must not let ln(L S) {found[1]}: check sign and scale (s multiplies d lambda, with lambda = "
+                f"-ln t; l is between 0 and 1)."
+            )
         N = _integrate(np.exp(h - h.max()) @ to_coefficients, width)
         high, low = running_sum(_values(N, np.ones(1))[:, 0])
 
@@ -176,23 +176,24 @@ class IntegralTable(TableModule):
         )
 
 
-def _check(lam: Array, h: Array, span: float) -> None:
-    """Refuse h = ln(L S) that the table could not hold, and name the level. Shapes ``(cells, nodes)``."""
-    advice = "check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
-    fall = np.maximum.accumulate(h.ravel()) - h.ravel()
-    if not (fall.max() <= MAX_FALL and span <= MAX_SPAN):
-        raise ValueError(
-            f"l and s must not let ln(L S) fall by more than {MAX_FALL:g} over the levels, got {fall.max():.4g} down "
-            f"to t = {math.exp(-lam.flat[fall.argmax()]):.6g}, nor it, ln L or ln S span more than {MAX_SPAN:g}, got "
-            f"{span:.4g}: {advice}"
-        )
-    step = np.ptp(h, axis=1)
-    if not step.max() <= _MAX_STEP:
-        cell = int(step.argmax())
-        raise ValueError(
-            f"l and s must not let ln(L S) change by more than {_MAX_STEP:g} within {np.ptp(lam[cell]):.4g} in lambda, "
-            f"got {step[cell]:.4g} at t = {math.exp(-lam[cell, 0]):.6g}: {advice}"
-        )
+def fault(lam: Array, h: Array, span: Array, step: Array, largest_step: float) -> tuple[int, str] | None:
+    """Return a row of h = ln(L S), ``(n, len(lam))``, that no table could hold, and what it does; None if all are well.
+
+    Each row spans ``span``, ``(n,)``, and changes by ``step``, ``(n, cells)``, within equal cells.
+    """
+    fall = np.maximum.accumulate(h, axis=1) - h
+    if not fall.max() <= _MAX_FALL:
+        row, point = np.unravel_index(fall.argmax(), fall.shape)
+        got = f"{fall[row, point]:.4g} down to t = {math.exp(-lam[point]):.6g}"
+        return int(row), f"fall by more than {_MAX_FALL:g} over the levels, got {got}"
+    if not span.max() <= _MAX_SPAN:
+        return int(span.argmax()), f"span more than {_MAX_SPAN:g} over the levels, got {span.max():.4g}"
+    if not step.max() <= largest_step:
+        row, cell = np.unravel_index(step.argmax(), step.shape)
+        width = (lam[-1] - lam[0]) / step.shape[1]
+        got = f"{step[row, cell]:.4g} at t = {math.exp(-lam[0] - width * cell):.6g}"
+        return int(row), f"change by more than {largest_step:g} within {width:.3g} in lambda, got {got}"
+    return None
 
 
 def _integrate(density: Array, width: float) -> Array:

@@ -17,12 +17,9 @@ from .splines import Array, spline
 
 
 class SplineTable(TableModule):
-    r"""Several functions f(t, s), from B-spline coefficients.
+    r"""Several functions f(t, s), from B-spline coefficients ``(K, K, F)`` on a grid of decreasing levels ``(K,)``.
 
-    Args:
-        levels: Decreasing noise levels of the grid. Shape ``(K,)``, float64.
-        control: B-spline coefficients (control points) of each function. Shape ``(K, K, F)``; float32 is several times
-            faster where functions are many.
+    Coefficients in float32 are several times faster where functions are many.
     """
 
     ends_in = "levels"
@@ -45,15 +42,7 @@ class SplineTable(TableModule):
 
     @staticmethod
     def control_points(levels: Array, values: Array) -> Array:
-        """Return the B-spline coefficients of functions with given values on the grid.
-
-        Args:
-            levels: Decreasing noise levels. Shape ``(K,)``.
-            values: Values at all pairs of levels. Shape ``(F, K, K)``.
-
-        Returns:
-            The coefficients. Shape ``(K, K, F)``.
-        """
+        """Return the coefficients ``(K, K, F)`` of functions whose values at all pairs of levels are ``(F, K, K)``."""
         along_s = spline(levels, values).c  # scipy puts the interpolated axis first: (K_s, F, K_t)
         along_t: Array = spline(levels, along_s).c  # (K_t, K_s, F)
         return along_t

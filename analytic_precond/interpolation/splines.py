@@ -16,15 +16,7 @@ Array = NDArray[np.float64]
 
 
 def spline(levels: Array, values: Array) -> Any:
-    """Return the interpolating spline in lambda (a ``scipy.interpolate.BSpline``) of values along the last axis.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        values: Values at the levels. Shape ``(..., K)``.
-
-    Returns:
-        A callable of lambda with ``derivative()`` and ``antiderivative()``, its result's shape ``(..., len(lambda))``.
-    """
+    """Return the interpolating spline in lambda, scipy's ``BSpline``, of values ``(..., K)`` at levels ``(K,)``."""
     from scipy.interpolate import make_interp_spline  # 0.1 s to import, and only needed to build tables
 
     return make_interp_spline(-np.log(levels), values, k=min(5, len(levels) - 1), axis=-1)
@@ -37,45 +29,26 @@ def derivative(levels: Array, values: Array) -> Array:
 
 
 def linear_coefficient(levels: Array, l: Array) -> Callable[[Array], Array]:
-    r"""Return $l_t$ between the levels, as a function of lambda.
+    r"""Return $l_t$ between the levels ``(K,)``, of values ``(..., K)`` at them, as a function of arrays of lambda.
 
-    Where all values lie between 0 and 1, the spline goes through $\ln(l / (1 - l))$, which is nearly straight at both
-    ends of the range: there l or 1 - l is proportional to $t^{\mp 2}$, and a spline through l itself has large relative
-    errors.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        l: Values at the levels. Shape ``(K,)``.
-
-    Returns:
-        A function from any array of lambda to l of the same shape.
+    Where all values of one lie between 0 and 1, its spline goes through $\ln(l / (1 - l))$, which is nearly straight at
+    both ends of the range: there l or 1 - l is proportional to $t^{\mp 2}$, and a spline through l itself has large
+    relative errors.
     """
-    if not _is_logistic(l):
-        through_values: Callable[[Array], Array] = spline(levels, l)
-        return through_values
     from scipy.special import expit
 
-    logit = spline(levels, np.log(l / (1 - l)))
-    return lambda lam: np.asarray(expit(logit(lam)))
-
-
-def linear_coefficients(levels: Array, l: Array) -> Callable[[Array], Array]:
-    """Return several l as a function of lambda, each interpolated as if it were the only one.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        l: Values at the levels. Shape ``(..., K)``.
-
-    Returns:
-        A function from any array of lambda to l, of shape ``(..., *lambda.shape)``.
-    """
-    logistic = ((l > 0) & (l < 1)).all(-1)
-    through = [(rows, linear_coefficient(levels, l[rows])) for rows in (logistic, ~logistic) if rows.any()]
+    logistic = _is_logistic(l)
+    through = []
+    if logistic.any():
+        inside = l[logistic]
+        through.append((logistic, spline(levels, np.log(inside / (1 - inside))), expit))
+    if not logistic.all():
+        through.append((~logistic, spline(levels, l[~logistic]), np.asarray))
 
     def l_at(lam: Array) -> Array:
         values = np.empty((*l.shape[:-1], *lam.shape))
-        for rows, function in through:
-            values[rows] = function(lam)
+        for rows, curve, value in through:
+            values[rows] = value(curve(lam))
         return values
 
     return l_at
@@ -83,27 +56,20 @@ def linear_coefficients(levels: Array, l: Array) -> Callable[[Array], Array]:
 
 def linear_coefficient_derivative(levels: Array, l: Array) -> Array:
     """Return dl / dlambda at the levels, of the same interpolation. Shapes: ``(K,)``, ``(..., K)`` to ``(..., K)``."""
-    if not _is_logistic(l):
+    if not _is_logistic(l).all():
         return derivative(levels, l)
     return l * (1 - l) * derivative(levels, np.log(l / (1 - l)))
 
 
-def _is_logistic(l: Array) -> bool:
-    return bool(((l > 0) & (l < 1)).all())
+def _is_logistic(l: Array) -> Any:
+    return ((l > 0) & (l < 1)).all(-1)
 
 
 def log_scale(levels: Array, g_rms: Array) -> Array:
-    r"""Return $\ln S$ at the levels from the remainder's RMS, $S = rms(g) / rms(g)|_{\lambda_T}$.
+    r"""Return $\ln S$, ``(..., K)``, at the levels from the remainder's RMS, $S = rms(g) / rms(g)|_{\lambda_T}$.
 
     Where the remainder vanishes ($g = 0$, s_t is 0/0 and defined as 0) resolved levels are joined linearly, and the
     outermost value goes on beyond them, so that S stays finite.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        g_rms: RMS of the remainder, zero where it is not resolved. Shape ``(..., K)``.
-
-    Returns:
-        ``ln S``, zero at the noisiest level. Shape ``(..., K)``.
     """
     lam = -np.log(levels)
     result = np.zeros_like(g_rms)

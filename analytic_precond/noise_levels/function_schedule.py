@@ -88,10 +88,6 @@ class FunctionSchedule(Schedule):
         self._check_continuity(log_levels)
         self._set(_num_steps=self._steps_needed(log_levels))
 
-    def _set(self, **attributes: object) -> None:
-        for name, value in attributes.items():
-            object.__setattr__(self, name, value)  # schedules are frozen
-
     def alpha(self, time: Tensor) -> Tensor:
         """Return the factor of the clean data."""
         return _evaluated(self._alpha, wide(time, "time"))
@@ -160,26 +156,16 @@ class FunctionSchedule(Schedule):
     def _check_continuity(self, log_levels: Tensor) -> None:
         """Refuse functions whose level at the times found is another, or falls between, as far as rounding tells."""
         readable = log_levels.abs() < 12  # 6e-6 to 160,000
-        times, wanted = self._nodes.table[readable], log_levels[readable]
-        found = self._log_level(times)
-        wrong = ~((found - wanted).abs() < 1e-3)
-        if bool(wrong.any()):
-            time, got, level = (v[wrong][0].item() for v in (times, found.exp(), wanted.exp()))
-            raise ValueError(
-                f"the noise level must rise continuously from data to noise, got {got:g} at time {time:g}, where it "
-                f"passes {level:g}: interpolate tables, and restrict times to where it rises."
-            )
-        times = self._nodes.table
-        for share in (0.25, 0.5, 0.75):
-            inner = times[:-1] + share * times.diff()
-            found = self._log_level(inner)
-            inside = (found >= log_levels[:-1] - 1e-3) & (found <= log_levels[1:] + 1e-3)
-            wrong = ~inside & inner.isfinite() & (readable[:-1] & readable[1:])
+        nodes, known = self._nodes.table[readable], log_levels[readable]
+        inner = [nodes[:-1] + share * nodes.diff() for share in (0.25, 0.5, 0.75)]
+        for times, low, high in ((nodes, known, known), *((time, known[:-1], known[1:]) for time in inner)):
+            found = self._log_level(times)
+            wrong = times.isfinite() & ~((found > low - 1e-3) & (found < high + 1e-3))
             if bool(wrong.any()):
-                time, got, level = (v[wrong][0].item() for v in (inner, found.exp(), log_levels[1:].exp()))
+                time, got, above, below = (v[wrong][0].item() for v in (times, found.exp(), low.exp(), high.exp()))
                 raise ValueError(
-                    f"the noise level must rise from data to noise, got {got:g} at time {time:g}, beyond the {level:g} "
-                    f"that comes after it: restrict times to where it rises."
+                    f"the noise level must rise continuously from data to noise, got {got:g} at time {time:g}, where "
+                    f"{above:g} to {below:g} is passed: interpolate tables, and restrict times to where it rises."
                 )
 
     def _steps_needed(self, log_levels: Tensor) -> int:

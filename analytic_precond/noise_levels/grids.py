@@ -47,19 +47,9 @@ def karras_noise_levels(num: int, sigma_min: float = 0.002, sigma_max: float = 8
 
 
 def log_noise_levels(num: int = 120, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
-    r"""Noise levels uniform in $\lambda = -\ln t$, the variable in which the coefficients are smooth.
+    r"""Return noise levels uniform in $\lambda = -\ln t$, the variable in which the coefficients are smooth.
 
-    Args:
-        num: Number of levels, at least 2. The paper uses 120.
-        sigma_min: Smallest noise level, positive.
-        sigma_max: Largest noise level, above ``sigma_min``.
-
-    Returns:
-        Decreasing noise levels, float64 of shape ``(num,)``, on the CPU, where the host reads them without waiting.
-
-    Raises:
-        TypeError: If an argument is not a number.
-        ValueError: If an argument is out of its range.
+    The arguments, the result and the errors are those of `karras_noise_levels`; the paper uses 120 levels.
 
     Examples:
         >>> log_noise_levels(3, sigma_min=0.01, sigma_max=1.0).tolist()

@@ -36,14 +36,9 @@ def expand_to(t: Tensor, x: Tensor) -> Tensor:
 
 def one_per_sample(level: Tensor | float, x: Tensor, name: str = "t") -> Tensor:
     """Return one level per sample on ``x``'s device. Shape ``(B,)``, their own dtype."""
-    if isinstance(level, int):
-        raise TypeError(
-            f"{name} must be a float or a floating-point tensor, got {level}: write 80.0 for a level of 80; write "
-            f"{level}.0 here."
-        )
+    _check_kind(level, name)
     if isinstance(level, float):  # filled on the device: a copy would wait for it
         return place(level, x.device, torch.float64).expand(x.shape[:1])
-    check_level(level, name)
     column = _expanded(level, x, name)
     if column.shape[1:].numel() != 1:
         raise ValueError(f"{name} must hold one noise level per sample, got shape {tuple(level.shape)}.")
@@ -67,24 +62,13 @@ def per_sample(level: Tensor | float, x: Tensor, name: str, *, zero: bool = Fals
 
 
 def pair_of_levels(t: Tensor | float, s: Tensor | float, own: torch.device | None, owner: str) -> tuple[Tensor, Tensor]:
-    """Return two levels of one shape, in the wide dtype, where the owner's tables are; without any, where levels are.
-
-    Raises:
-        TypeError: If one is no noise level.
-        ValueError: If they do not broadcast, or one is on another device than the tables, and not on the CPU.
-    """
+    """Return two levels of one shape in the wide dtype, where the owner's tables are; without any, where levels are."""
     device = own
     for level, name in ((t, "t"), (s, "s")):
-        if isinstance(level, Tensor):
-            check_level(level, name)
-            if level.device.type != "cpu":
-                check_device(level, own or level.device, name, owner)
-                device = device or level.device
-        elif not isinstance(level, float):
-            raise TypeError(
-                f"{name} must be a noise level (float or floating-point tensor), got {level!r} "
-                f"({type(level).__name__}): write 80.0, or look an index up in a grid."
-            )
+        _check_kind(level, name)
+        if isinstance(level, Tensor) and level.device.type != "cpu":
+            check_device(level, own or level.device, name, owner)
+            device = device or level.device
     if device is None:
         given = any(isinstance(level, Tensor) for level in (t, s))
         device = torch.device("cpu") if given else torch.get_default_device()
@@ -95,6 +79,17 @@ def pair_of_levels(t: Tensor | float, s: Tensor | float, own: torch.device | Non
         shapes = " and ".join(str(tuple(level.shape)) for level in wide)
         raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
     return here, there
+
+
+def _check_kind(level: object, name: str) -> None:
+    """Refuse what is neither a float nor a tensor of noise levels: an int is often an index."""
+    if isinstance(level, Tensor):
+        check_level(level, name)
+    elif not isinstance(level, float):
+        raise TypeError(
+            f"{name} must be a noise level (float or floating-point tensor), got {level!r} ({type(level).__name__}): "
+            f"write 80.0 for a level of 80, or look an index up in a grid."
+        )
 
 
 def _valid(levels: Tensor, zero: bool) -> Tensor:

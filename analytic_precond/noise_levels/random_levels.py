@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._checks import check_count, check_positive, check_range
-from .._precision import wide_dtype
+from .._checks import check_count, check_number, check_positive, check_range
+from .._precision import place, wide_dtype
 
 
 def sample_lognormal_noise_levels(
@@ -54,11 +54,7 @@ def sample_lognormal_noise_levels(
         (-1.2, 1.2)
     """
     check_count(batch, 1, "batch", "Pass len(x).")
-    if isinstance(mean, bool) or not isinstance(mean, int | float):
-        raise TypeError(f"mean must be a number, got {mean!r} ({type(mean).__name__}): pass a Python float.")
-    if not math.isfinite(mean):
-        raise ValueError(f"mean must be finite, got {mean}: it is the mean of ln t.")
-    check_positive(std, "std")
+    check_normal(mean, std)
     device = check_destination(generator, device, dtype)
     return (mean + std * draw(torch.randn, (batch,), device, generator)).exp().to(dtype)
 
@@ -81,21 +77,11 @@ def sample_karras_noise_levels(
         t = torch.cat([sample_lognormal_noise_levels(batch // 2),
                        sample_karras_noise_levels(batch - batch // 2, sigma_min=0.318)])
 
-    Args:
-        batch: Number of levels B, at least 1.
-        sigma_min: Smallest noise level, positive.
-        sigma_max: Largest noise level, above ``sigma_min``.
-        rho: Exponent, positive; large values put more levels at small noise.
-        generator: Source of the random numbers. Default: torch's own.
-        device: Where the levels end. Default: the generator's device, or torch's default one.
-        dtype: ``torch.float32`` or ``torch.float64``.
+    The range and the exponent are those of `karras_noise_levels`; the other arguments and the errors are those of
+    `sample_lognormal_noise_levels`.
 
     Returns:
         Noise levels of shape ``(B,)``, between ``sigma_min`` and ``sigma_max`` as ``dtype`` rounds them.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a number is out of its range.
 
     Examples:
         >>> t = sample_karras_noise_levels(10_000, 1.0, 9.0, rho=2.0, generator=torch.Generator().manual_seed(0))
@@ -121,9 +107,17 @@ def draw(
 ) -> Tensor:
     """Draw ``torch.rand`` or ``torch.randn`` where the generator lives, as widely as ``device`` computes."""
     source = device if generator is None else generator.device
-    numbers = distribution(shape, generator=generator, dtype=wide_dtype(source), device=source)
-    # a copy to an accelerator need not wait for it; one to the CPU must
-    return numbers.to(wide_dtype(device)).to(device, non_blocking=device.type != "cpu")
+    return place(
+        distribution(shape, generator=generator, dtype=wide_dtype(source), device=source), device, torch.float64
+    )
+
+
+def check_normal(mean: float, std: float) -> None:
+    """Refuse what is no mean and no standard deviation of ln t."""
+    check_number(mean, "mean")
+    if not math.isfinite(mean):
+        raise ValueError(f"mean must be finite, got {mean}: it is the mean of ln t.")
+    check_positive(std, "std")
 
 
 def check_generator(generator: object) -> None:

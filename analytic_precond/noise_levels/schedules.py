@@ -55,6 +55,10 @@ class Schedule(ABC):
     def __post_init__(self) -> None:
         check_positive(self.time_scale, "time_scale")
 
+    def _set(self, **attributes: object) -> None:
+        for name, value in attributes.items():
+            object.__setattr__(self, name, value)  # schedules are frozen
+
     @abstractmethod
     def alpha(self, time: Tensor) -> Tensor:
         """Return the factor of the clean data."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,11 +33,8 @@ class _VariancePreserving(Schedule):
     def rates(self, time: Tensor) -> Rates:
         """Return the derivatives of alpha and sigma."""
         level, slope = with_slope(self.noise_level, wide(time, "time"))
-        alpha, sigma, r = (
-            self.alpha(time),
-            self.sigma(time),
-            slope / level,
-        )  # alpha^2 does not cancel, as in 1 - sigma^2
+        alpha, sigma, r = self.alpha(time), self.sigma(time), slope / level
+        # alpha^2 does not cancel, as 1 - sigma^2 would
         return Rates(-alpha * sigma**2 * r, sigma * alpha**2 * r)
 
 
@@ -181,6 +178,8 @@ class VPDiscreteSchedule(_VariancePreserving):
     alphas_cumprod: Tensor
     quantize: bool = False
     timesteps: Tensor | None = None
+    _table: TableOnDevices = field(init=False, repr=False)  # ln t and the times
+    _times: TableOnDevices = field(init=False, repr=False)  # in their own dtype
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""
@@ -199,8 +198,6 @@ class VPDiscreteSchedule(_VariancePreserving):
                 f"alphas_cumprod must decrease strictly inside (0, 1), got {table[0].item():.6g} to "
                 f"{table[-1].item():.6g}: index 0 is the cleanest; drop a final 0, whose noise level is infinite."
             )
-        object.__setattr__(self, "alphas_cumprod", table)
-        object.__setattr__(self, "_log_table", 0.5 * ((-table).log1p() - table.log()))
         steps = torch.arange(len(table), device="cpu") if self.timesteps is None else self.timesteps
         if not isinstance(steps, Tensor):
             raise TypeError(f"timesteps must be a tensor, got {type(steps).__name__}: pass torch.tensor(timesteps).")
@@ -211,38 +208,33 @@ class VPDiscreteSchedule(_VariancePreserving):
                 f"{tuple(steps.shape)}, {steps.flatten()[:3].tolist()}...: pass one for each, the cleanest first "
                 f"(timesteps.flip(0) of a sampler's)."
             )
-        object.__setattr__(self, "timesteps", steps)
-        tables = tuple(TableOnDevices(part) for part in (self._log_table, steps.double(), steps))  # type: ignore[attr-defined]
-        object.__setattr__(self, "_on_devices", tables)
+        log_levels = 0.5 * ((-table).log1p() - table.log())
+        self._set(alphas_cumprod=table, timesteps=steps)
+        self._set(_table=TableOnDevices(torch.stack([log_levels, steps.double()])), _times=TableOnDevices(steps))
 
     @property
     def noise_range(self) -> tuple[float, float]:
         """The noise levels of the table's ends, from 0.029 to 14.6 for Stable Diffusion's."""
-        lowest, *_, highest = self._log_table.exp().tolist()  # type: ignore[attr-defined]
+        lowest, *_, highest = self._table.table[0].exp().tolist()
         return lowest, highest
 
     def noise_level(self, time: Tensor) -> Tensor:
         """Return the noise level of a time."""
-        tau, (log_levels, steps) = wide(time, "time"), self._tables(time)
+        tau, (log_levels, steps) = wide(time, "time"), self._table.on(time.device)
         return _interpolate(tau, steps, log_levels).exp()
 
     def time(self, noise_level: Tensor) -> Tensor:
         """Return the time of a noise level."""
-        log_t, (log_levels, steps) = wide(noise_level, "noise_level").log(), self._tables(noise_level)
+        log_t, (log_levels, steps) = wide(noise_level, "noise_level").log(), self._table.on(noise_level.device)
         return _interpolate(log_t, log_levels, steps)
 
     def told(self, time: Tensor) -> Tensor:
         """Return what a network is told at a time: one inside the table, or of it."""
-        _, steps = self._tables(time)
+        _, steps = self._table.on(time.device)
         if not self.quantize:
             return self.time_scale * time.clamp(steps[0], steps[-1])
-        nearest: Tensor = self._on_devices[2].on(time.device)[_interval(time, (steps[1:] + steps[:-1]) / 2)[None]][0]  # type: ignore[attr-defined]
+        nearest: Tensor = self._times.on(time.device)[_interval(time, (steps[1:] + steps[:-1]) / 2)[None]][0]
         return nearest if self.time_scale == 1 else self.time_scale * nearest
-
-    def _tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the table's ln t and times, where ``like`` is."""
-        log_levels, steps, _ = self._on_devices  # type: ignore[attr-defined]
-        return log_levels.on(like.device), steps.on(like.device)
 
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:

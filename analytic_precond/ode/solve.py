@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import all_true, check_choice, check_count, check_finite, check_level, check_positive
+from .._checks import all_true, check_choice, check_count, check_finite, check_grid, check_positive
 from .._conditions import rows_of
 from .._precision import place
 from ..noise_levels.per_sample import per_sample
@@ -165,25 +165,19 @@ def heun_solve_between(
 
     The teacher is called twice per step of the longest way, and evaluates ``2 * num_steps.sum()`` samples in all.
 
-    Args:
-        denoiser: The teacher $D$. What it holds itself must fit batches of any size: give per-sample conditions here.
-        x: Noisy data at levels ``t``. Shape ``(B, ...)``.
-        t: Noise levels to start from. Shape ``(B,)``, or one for all.
-        u: Noise levels to reach, positive and at most ``t``. Shape ``(B,)``, or one for all. Off the CPU, levels out
-            of range give NaN instead of an error.
-        num_steps: Steps for each sample, at least 1; also where u = t, which changes nothing. Integers of shape
-            ``(B,)``, or one for all. Their values are read: keep them on the CPU to avoid a synchronisation.
-        rho: Exponent of the spacing, positive; large values take more steps at small noise.
-        dtype: As for `heun_solve`.
-        **condition: As for `heun_solve`.
+    The other arguments and the errors are those of `heun_solve`.
+
+    - ``t``, ``u``: Noise levels to start from and to reach, $t \ge u > 0$. Shape ``(B,)``, or one for all. Off the CPU,
+      levels out of range give NaN instead of an error.
+    - ``num_steps``: Steps for each sample, at least 1; also where u = t, which changes nothing. Integers of shape
+      ``(B,)``, or one for all. Their values are read: keep them on the CPU to avoid a synchronisation.
+    - ``rho``: Exponent of the spacing, positive; large values take more steps at small noise.
 
     Returns:
         The data at levels ``u``. Shape of ``x``.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a shape does not fit, a level is out of range, ``u`` is above ``t``, or a number of steps is
-            below 1.
+        ValueError: If ``u`` is above ``t``.
 
     Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0: x / t stays what it is
@@ -209,12 +203,7 @@ def heun_solve_between(
 
 def _check_grid(levels: Tensor) -> bool:
     """Refuse anything but a strictly monotone grid of noise levels, 0 at most at its end; return whether it ends so."""
-    check_level(levels, "levels")
-    if levels.ndim != 1 or levels.numel() < 2:
-        raise ValueError(
-            f"levels must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}: make a grid with "
-            f"karras_noise_levels."
-        )
+    check_grid(levels)
     check_finite(levels, "levels")
     values = levels.detach().cpu().double()
     steps = values.diff()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import check_tensor
+from .._checks import check_answer, check_callable, check_tensor
 from .._conditions import Condition, plain
 from .._modules import modules_of, network_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
@@ -34,19 +34,7 @@ def probability_flow_velocity(denoiser: Denoiser, x: Tensor, t: Tensor | float, 
 
     (Karras et al. 2022, equations 1 and 3 with $\sigma(t) = t$.)
 
-    Args:
-        denoiser: The teacher $D$.
-        x: Noisy data. Shape ``(B, ...)``.
-        t: Noise levels of ``x``, positive. Shape ``(B,)``, or one for all. Off the CPU, and while compiling, levels
-            out of range give NaN instead of an error.
-        **condition: Handed to the teacher.
-
-    Returns:
-        The velocity. Shape and dtype of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a shape does not fit or a level is not positive.
+    The arguments, what they may be and the errors are those of `euler_step`. Shape and dtype of ``x``.
 
     Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0
@@ -119,13 +107,7 @@ def heun_step(denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | floa
 
 @dataclass  # not a named tuple or frozen, which older torch.compile cannot call
 class Velocity:
-    """The velocity of a teacher's ODE as a function of x and t, the teacher called in its own dtype.
-
-    Attributes:
-        denoiser: The teacher.
-        dtype: What it is called in.
-        condition: What every call hands to it.
-    """
+    """The velocity of a teacher's ODE as a function of x and t, the teacher called in its own dtype."""
 
     denoiser: Denoiser
     dtype: torch.dtype
@@ -134,8 +116,7 @@ class Velocity:
     @staticmethod
     def of(denoiser: Denoiser, x: Tensor, condition: Condition) -> Velocity:
         """Return the velocity for data that come as ``x`` does, once both are checked."""
-        if not callable(denoiser):
-            raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
+        check_callable(denoiser, "denoiser", "denoiser(x, t)")
         check_tensor(x, "x")
         if x.ndim == 0:
             raise ValueError("x must be a batch of shape (B, ...), got shape (): add dimensions.")
@@ -152,29 +133,16 @@ class Velocity:
         """Return x - D in x's dtype: t times the velocity."""
         own = (tensor.to(self.dtype, copy=True) for tensor in (x, t))  # the teacher may overwrite what it gets
         denoised = self.denoiser(*own, **plain(self.condition))
-        if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
-            got = denoised.dtype if isinstance(denoised, Tensor) else type(denoised).__name__
-            raise TypeError(f"the teacher must return a floating-point tensor, got {got}: unwrap its output.")
-        if denoised.shape != x.shape:
-            raise ValueError(
-                f"the teacher must return x's shape {tuple(x.shape)}, got {tuple(denoised.shape)}: drop extra channels "
-                f"(a learned variance?) in an adapter."
-            )
+        check_answer(denoised, x, "teacher")
         return x - denoised.to(x.dtype)
 
 
 class Weights(NamedTuple):
-    """What steps multiply x - D by, of the levels' shape: the division by t is in them, done where it is cheap.
+    """What steps multiply x - D by, of the levels' shape: the division by t is in them, done where it is cheap."""
 
-    Attributes:
-        euler: (s - t) / t, of an Euler step.
-        heun_t: Half of that: what x - D at t counts in a step of Heun's method.
-        heun_s: (s - t) / (2 s): what x - D at s counts.
-    """
-
-    euler: Tensor
-    heun_t: Tensor
-    heun_s: Tensor
+    euler: Tensor  # (s - t) / t, of an Euler step
+    heun_t: Tensor  # half of that: what x - D at t counts in a step of Heun's method
+    heun_s: Tensor  # (s - t) / (2 s): what x - D at s counts
 
     @staticmethod
     def of(t: Tensor, s: Tensor, x: Tensor) -> Weights:

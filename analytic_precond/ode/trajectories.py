@@ -37,18 +37,11 @@ PASSES_PER_STEP = len(_PLACES)
 
 
 class Start(NamedTuple):
-    """Where trajectories begin.
+    """Where trajectories begin: noisy data ``(B, ...)`` at the noisiest level, in the dtype to compute in."""
 
-    Attributes:
-        first: Index of the first one in the run.
-        x: Noisy data at the noisiest level, in the dtype to compute in. Shape ``(B, ...)``.
-        dtype: What a teacher without parameters is called in.
-        condition: Keyword arguments of the teacher.
-    """
-
-    first: int
+    first: int  # index in the run
     x: Tensor
-    dtype: torch.dtype
+    dtype: torch.dtype  # what a teacher without parameters is called in
     condition: Condition
 
     def rows(self, rows: slice) -> Start:
@@ -61,36 +54,14 @@ class Start(NamedTuple):
 
 
 def trajectory(denoiser: Denoiser, start: Start, levels: Sequence[float]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield x and x - D(x, t) at each level. Shapes ``(B, ...)``, dtype of the start.
-
-    Args:
-        denoiser: The teacher.
-        start: Where the trajectories begin, at the first level.
-        levels: Decreasing noise levels.
-
-    Yields:
-        The state, and what the teacher takes off it.
-
-    Raises:
-        TypeError: If the teacher does not return a floating-point tensor.
-        ValueError: If it returns another shape.
-    """
+    """Yield x and x - D(x, t) at each of the decreasing levels. Shapes ``(B, ...)``, dtype of the start."""
     x = start.x
     velocity = Velocity.of(denoiser, x.to(start.dtype), start.condition)
     yield from solution(velocity, x, [x.new_full((len(x),), level) for level in levels])
 
 
 def solution(velocity: Velocity, x: Tensor, levels: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield x and x - D(x, t) at each level, which every sample may have of its own.
-
-    Args:
-        velocity: The teacher's.
-        x: The state at the first level, in the dtype to compute in. Shape ``(B, ...)``.
-        levels: Positive noise levels in that dtype. Shape ``(B,)`` each.
-
-    Yields:
-        The state, and what the teacher takes off it.
-    """
+    """Yield x and x - D(x, t) at each level, of shape ``(B,)`` and in x's dtype, which is computed in."""
     t, *lower = levels
     slopes = [velocity(x, t)]
     yield x, expand_to(t, x) * slopes[0]

@@ -105,7 +105,7 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
     def from_student(
         cls, student: ConsistencyModel, levels: Levels, schedule: Schedule | None = None
     ) -> ConsistencyJumpScheduler:
-        """Make the scheduler of a student, whose raw network the pipeline then holds as ``unet`` or ``transformer``.
+        """Return the scheduler of a student, whose raw network the pipeline then holds as ``unet`` or ``transformer``.
 
         Args:
             student: The student, around that network or the denoiser made of it; of its weights nothing is used. Of an
@@ -115,9 +115,6 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
             schedule: How the pipeline adds noise: a `VPDiscreteSchedule` for Stable Diffusion's, a
                 `RectifiedFlowSchedule` for Stable Diffusion 3's, whose noise has unit variance instead of
                 ``init_noise_sigma``'s (0.988 at level 80). Default: none, as ``ConsistencyModelPipeline``.
-
-        Returns:
-            The scheduler.
 
         Raises:
             TypeError: If ``student`` is not a `ConsistencyModel`, its denoiser is not made of a network, it jumps by
@@ -192,14 +189,11 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         self.is_scale_input_called = False
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        """Return ``c_in * sample``, what the network is called with.
+        """Return ``c_in * sample``, what the network is called with, in the sample's dtype.
 
         Args:
             sample: Noisy data. Shape ``(B, ...)``.
             timestep: One of `timesteps`.
-
-        Returns:
-            The scaled data. Shape and dtype of ``sample``.
 
         Raises:
             ValueError: If ``timestep`` is another.
@@ -248,15 +242,12 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        r"""Return the pipeline's noisy data $\alpha (x_0 + t n)$, to start from given images.
+        r"""Return the pipeline's noisy data $\alpha (x_0 + t n)$, to start from given images, in their dtype.
 
         Args:
             original_samples: Clean data. Shape ``(B, ...)``.
             noise: Standard normal noise. Shape ``(B, ...)``.
             timesteps: Of `timesteps`, one per sample or one for all.
-
-        Returns:
-            The noisy data. Shape and dtype of ``original_samples``.
         """
         rows = [self._rows[self._number(timestep)] for timestep in timesteps.reshape(-1)]
         dtype = _at_least_float32(original_samples)

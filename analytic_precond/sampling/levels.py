@@ -9,37 +9,23 @@ from numbers import Integral, Real
 
 from torch import Tensor
 
-from .._checks import check_level, check_not_negative
+from .._checks import check_callable, check_level, check_not_negative
 from ..preconditionings.base import ROUNDING
 from ..students.base import student_behind
-from ..students.consistency_models import ConsistencyModel
 
 Levels = Tensor | Sequence[float] | Sequence[int]
 
 
 def resolve_levels(levels: Levels, grid: Levels | None = None, sigma_min: float = 0.002) -> list[float]:
-    """Return noise levels from the noisiest to the cleanest.
+    """Return noise levels (floats), or those at indices (ints) into a grid, from the noisiest to the cleanest.
 
     Published codes write the same levels differently: consistency models give ascending indices that end with the
-    grid's last, diffusers descending ones without it, EDM's grids end with 0.
-
-    Args:
-        levels: Noise levels (floats, in a tensor or sequence) or indices (ints) into ``grid``, in either order.
-        grid: Noise levels that indices refer to, in either order.
-        sigma_min: The cleanest level that a jump may reach, which a final 0 stands for.
-
-    Returns:
-        Strictly decreasing levels; the last is at least ``sigma_min``, to float32 rounding, the first above it.
+    grid's last, diffusers descending ones without it, EDM's grids end with 0, which stands for ``sigma_min``. The last
+    level is at least that, to float32 rounding, the first above it.
 
     Raises:
         TypeError: If an argument does not hold numbers, or both indices and noise levels.
         ValueError: If levels are missing, not monotone or out of range, or only one of indices and a grid is given.
-
-    Examples:
-        >>> resolve_levels([0, 2], grid=[80.0, 10.0, 1.0, 0.002])
-        [80.0, 1.0]
-        >>> resolve_levels([0.0, 1.0, 80.0])
-        [80.0, 1.0, 0.002]
     """
     check_not_negative(sigma_min, "sigma_min")
     numbers = _numbers(levels, "levels")
@@ -78,29 +64,11 @@ def is_cleanest(level: float, sigma_min: float) -> bool:
 
 
 def check_jumps(student: object, jumps: Sequence[tuple[float, float]]) -> None:
-    """Refuse jumps that a student's preconditioning does not make; of a plain function nothing is known.
-
-    Args:
-        student: A student, one inside a wrapper, or any function.
-        jumps: Pairs of levels t and s.
-
-    Raises:
-        TypeError: If the student is not callable.
-        ValueError: If a jump is out of the student's range.
-    """
-    if not callable(student):
-        raise TypeError(f"student must be callable as student(x, t, s), got {type(student).__name__}.")
+    """Refuse jumps (t, s) that a student's preconditioning does not make; of a plain function nothing is known."""
+    check_callable(student, "student", "student(x, t, s)")
     found = student_behind(student)
-    if found is None:
-        return
-    precond, only = found.precond, found.sigma_min if isinstance(found, ConsistencyModel) else None
     for t, s in jumps:
-        if only is not None and abs(s - only) > ROUNDING * only:
-            raise ValueError(
-                f"expected jumps to the student's sigma_min = {only:g}, the only level that a ConsistencyModel "
-                f"reaches, got one to {s:.9g}: call sample_one_step or sample_multistep with sigma_min={only:g}."
-            )
-        fault = precond.fault(t, s)
+        fault = None if found is None else found.fault(t, s)
         if fault is not None:
             raise ValueError(f"levels must lie in the student's range: {fault}")
 

@@ -34,9 +34,6 @@ def per_sample_generators(
         generator: What the seeds are drawn from; torch's default CPU generator by default.
         device: Where the new generators draw: ``generator``'s device by default, else the CPU.
 
-    Returns:
-        The generators.
-
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If ``num`` is negative.
@@ -64,7 +61,7 @@ def draw_noise(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw standard normal noise, sample by sample; times ``levels[0]`` it is what samplers start from.
+    """Return standard normal noise, drawn sample by sample; times ``levels[0]`` it is what samplers start from.
 
     Args:
         shape: Shape ``(B, ...)``.
@@ -73,9 +70,6 @@ def draw_noise(
             here depends on the batch size, and so does what follows. Hand both the same list to avoid that.
         device: Where the noise goes; the generator's device by default, else torch's default.
         dtype: Of the noise.
-
-    Returns:
-        The noise.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -101,21 +95,7 @@ def draw_noise(
 
 
 def noise_source(x: Tensor, count: int, generator: Generators, noise: Tensor | None) -> Callable[[int], Tensor]:
-    """Return a function that gives a sampler its draws, by number, in ``x``'s shape, dtype and device.
-
-    Args:
-        x: The sampler's start. Shape ``(B, ...)``.
-        count: How many draws there are.
-        generator: As for `draw_noise`; untouched until the first draw.
-        noise: The draws themselves instead. Shape ``(count, B, ...)``.
-
-    Returns:
-        The function.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If both are given, or a wrong number of draws or generators.
-    """
+    """Return what gives a sampler its draws by number, like ``x``: of generators, untouched before, or of ``noise``."""
     if noise is None:
         _check_generators(generator, len(x))
         own = cache(lambda: _spread(generator, len(x), x.device))  # seeded at the first draw

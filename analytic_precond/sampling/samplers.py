@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_reached, check_tensor
+from .._checks import check_answer, check_number, check_tensor
 from .._conditions import plain
 from ..students.base import default_range
 from .callbacks import Callback, SamplingStep, after
@@ -144,28 +144,17 @@ def sample_gamma(
       s_i = \sigma_{min} + \sqrt{1 - \gamma^2}\, (t_{i+1} - \sigma_{min})$$
 
     as in sony/ctm; the paper's $s_i = \sqrt{1 - \gamma^2}\, t_{i+1}$ falls below ``sigma_min`` at the end. $\gamma = 0$
-    is deterministic, 1 is `sample_multistep`. The result is at the last level: end with ``sigma_min`` or 0.
+    is deterministic, 1 is `sample_multistep`.
 
-    Args:
-        student: Called as ``student(x, t, s, **condition)``.
-        x: Noise at the noisiest level. Shape ``(B, ...)``.
-        levels: At least two noise levels, or their indices into ``grid``. In either order.
-        gamma: How much noise is new, from 0 to 1.
-        grid: Noise levels that indices refer to.
-        sigma_min: The cleanest level, which a final 0 stands for. Default: as for `sample_multistep`.
-        generator: For z: one generator per sample, or one from which they are seeded; torch's default by default.
-        noise: The draws of z instead, one for each level after the first and above ``sigma_min``, whatever $\gamma$.
-            Shape ``(K, B, ...)``.
-        callback: Called with a `SamplingStep` after each jump; a tensor that it returns takes the place of x.
-        progress: Show a progress bar.
-        **condition: Handed to the student.
+    The other arguments and the errors are those of `sample_multistep`, but that there are at least two levels, of which
+    the last is reached: end with ``sigma_min`` or 0, which stands for it. Whatever $\gamma$, ``noise`` holds one draw
+    for each level after the first and above ``sigma_min``.
 
     Returns:
         The data at the last level. Shape and dtype of ``x``.
 
     Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If levels, gamma, generators or noise do not fit.
+        ValueError: If ``gamma`` is not from 0 to 1.
 
     Examples:
         >>> student = lambda x, t, s: (s / t)[:, None] * x  # exact for data that are all 0
@@ -173,8 +162,7 @@ def sample_gamma(
         >>> sample_gamma(student, x, [80.0, 5.0], 0.6, sigma_min=0.0, noise=torch.ones(1, 1, 1))  # 4 + 3
         tensor([[7.]])
     """
-    if isinstance(gamma, bool) or not isinstance(gamma, int | float):
-        raise TypeError(f"gamma must be a number, got {gamma!r} ({type(gamma).__name__}).")
+    check_number(gamma, "gamma")
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be from 0 (deterministic) to 1 (all noise is new), got {gamma}.")
     sigma_min = _cleanest(student, sigma_min)
@@ -200,24 +188,10 @@ def sample_deterministic(
 ) -> Tensor:
     r"""Jump from level to level, $x_{i+1} = G(x_i, t_i, t_{i+1})$, without new noise.
 
-    The result is at the last level: end with ``sigma_min`` or 0.
-
-    Args:
-        student: Called as ``student(x, t, s, **condition)``.
-        x: Noise at the noisiest level. Shape ``(B, ...)``.
-        levels: At least two noise levels, or their indices into ``grid``. In either order.
-        grid: Noise levels that indices refer to.
-        sigma_min: The cleanest level, which a final 0 stands for. Default: as for `sample_multistep`.
-        callback: Called with a `SamplingStep` after each jump; a tensor that it returns takes the place of x.
-        progress: Show a progress bar.
-        **condition: Handed to the student.
+    The arguments and the errors are those of `sample_gamma`, which this is with $\gamma = 0$.
 
     Returns:
         The data at the last level. Shape and dtype of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If levels do not fit.
 
     Examples:
         >>> student = lambda x, t, s: (s / t)[:, None] * x  # exact for data that are all 0
@@ -272,5 +246,5 @@ def _jump(student: Callable[..., Tensor], x: Tensor, t: float, s: float, conditi
     dtype = torch.promote_types(x.dtype, torch.float32)  # half precision cannot tell neighbouring levels apart
     levels = (torch.full((len(x),), level, dtype=dtype, device=x.device) for level in (t, s))
     reached = student(x, *levels, **condition)
-    check_reached(reached, x)
+    check_answer(reached, x, "student")
     return reached.to(x.dtype)

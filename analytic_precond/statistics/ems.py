@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._checks import check_choice, check_count, check_finite
 from .._files import remove_leftovers
-from ..interpolation.splines import linear_coefficients, spline
+from ..interpolation.splines import linear_coefficient, spline
 from ..noise_levels.grids import log_noise_levels
 from .moments import Array, log_scale_spline
 from .teacher_statistics import TeacherStatistics
@@ -148,7 +148,7 @@ def _tables(statistics: TeacherStatistics, per: str, num_steps: int) -> dict[str
     l, g_rms, s, intercept = _coefficients(statistics, per)
     levels = statistics.levels.numpy()
     lam = np.linspace(-math.log(levels[0]), -math.log(levels[-1]), num_steps + 1)
-    l_at, b_at = linear_coefficients(levels, l), spline(levels, intercept)
+    l_at, b_at = linear_coefficient(levels, l), spline(levels, intercept)
     s_at = log_scale_spline(levels, g_rms, s, statistics.header.s_method).derivative()
     db_at = b_at.derivative()
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_answer, check_callable
 from .._conditions import plain
 from .._modules import NetworkWrapper, modules_of
 from ..noise_levels.network_scalings import DenoiserScalings, EDMPreconditioning
@@ -28,14 +29,7 @@ NoiseConditioning = Callable[[Tensor], Tensor]
 
 
 class Student(NetworkWrapper):
-    """A preconditioning, and a raw network or a denoiser, called ``network`` in both cases.
-
-    Args:
-        network: The raw network.
-        precond: The jump's preconditioning on the denoiser.
-        sigma_data: Standard deviation of the data.
-        noise_conditioning: What the network is told of a noise level.
-    """
+    """A preconditioning, and a raw network or a denoiser, called ``network`` in both cases."""
 
     edm: EDMPreconditioning | None
     """EDM's scalings around the raw network; None where the network is a denoiser itself."""
@@ -71,8 +65,7 @@ class Student(NetworkWrapper):
 
     def _build(self, network: Callable[..., Tensor], precond: Preconditioning, name: str) -> None:
         """Set what all students have; by itself, they are around a denoiser."""
-        if not callable(network):
-            raise TypeError(f"{name} must be callable, got {type(network).__name__}: pass an nn.Module.")
+        check_callable(network, name, f"{name}(x, t)")
         if isinstance(network, Student):
             raise TypeError(
                 f"{name} must not be a student, which jumps, got {type(network).__name__}: pass its denoise."
@@ -95,20 +88,17 @@ class Student(NetworkWrapper):
 
     @property
     def default_range(self) -> tuple[float, float]:
-        """The cleanest and the noisiest level of the student's jumps where none are given.
-
-        That is what the preconditioning was made for, and a denoiser knows.
-        """
+        """The cleanest and the noisiest level where none are given: what the two are made for and know."""
         low, high = self.precond.default_range
         known = getattr(self.network, "noise_range", None) if self.edm is None else None
         return (low, high) if known is None else (max(low, known[0]), min(high, known[1]))
 
-    def scalings(self, t: Tensor) -> DenoiserScalings:
-        """Return what makes the denoiser of the raw network at noise levels ``t``, in their dtype or a wider one.
+    def fault(self, t: float, s: float) -> str | None:
+        """Return what is wrong with a jump from t to s, or None: of numbers, so that no device is waited for."""
+        return self.precond.fault(t, s)
 
-        Raises:
-            TypeError: If the student is around a denoiser that does not say.
-        """
+    def scalings(self, t: Tensor) -> DenoiserScalings:
+        """Return what makes the denoiser of the raw network at noise levels ``t``, in their dtype or a wider one."""
         if self.edm is None:
             inner = getattr(self.network, "scalings", None)
             if inner is None:
@@ -125,14 +115,17 @@ class Student(NetworkWrapper):
         wide = torch.promote_types(x.dtype, torch.float32)
         levels = tuple(level.to(wide) for level in levels)
         if self.edm is None:
-            return self._checked(self._ask_denoiser(x.to(wide), levels, plain(condition)), x, "denoiser").to(wide)
+            denoised: Tensor = self._ask_denoiser(x.to(wide), levels, plain(condition))
+            check_answer(denoised, x, "denoiser")
+            return denoised.to(wide)
         *factors, c_noise_t = self.scalings(levels[0])
         c_skip, c_out, c_in = (expand_to(c, x) for c in factors)
         dtype = self._network_dtype(x.dtype)
         told = torch.promote_types(dtype, torch.float32)  # float64 grids must not reach a float32 network's embedding
         c_noise = (c_noise_t, *((self.noise_conditioning or self.edm.c_noise)(level) for level in levels[1:]))
-        output = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **plain(condition))
-        return c_skip * x + c_out * self._checked(output, x, "network")
+        output: Tensor = self.network((c_in * x).to(dtype), *(c.to(told) for c in c_noise), **plain(condition))
+        check_answer(output, x, "network")
+        return c_skip * x + c_out * output
 
     def _ask_denoiser(self, x: Tensor, levels: tuple[Tensor, ...], condition: dict[str, Any]) -> Tensor:
         """Call a denoiser with the levels, or with the first one and the network's time of the second."""
@@ -148,21 +141,11 @@ class Student(NetworkWrapper):
         output: Tensor = self.network(x, *levels_, **condition)
         return output
 
-    @staticmethod
-    def _checked(output: object, x: Tensor, name: str) -> Tensor:
-        if not isinstance(output, Tensor) or output.shape != x.shape:
-            got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(
-                f"the {name} must return x's shape {tuple(x.shape)}, got {got}: drop extra channels, and unwrap output "
-                f"objects, in an adapter around it."
-            )
-        return output
 
-
-def takes(function: Callable[..., Any], positional: int) -> bool:
+def takes(function: object, positional: int) -> bool:
     """Whether a function or a module may be called with so many positional arguments, as far as it says."""
     try:
-        inspect.signature(getattr(function, "forward", function)).bind_partial(*[None] * positional)
+        inspect.signature(getattr(function, "forward", function)).bind_partial(*[None] * positional)  # type: ignore[arg-type]
     except TypeError:
         return False
     except ValueError:  # has no signature

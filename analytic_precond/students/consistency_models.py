@@ -5,6 +5,7 @@ Around a raw network, in EDM's scalings, or around any denoiser: what they share
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -122,13 +123,11 @@ class ConsistencyModel(Student):
 
     The network is called as ``network(c_in * x, c_noise_t, **condition)`` and returns ``x``'s shape.
 
+    The other arguments are those of `ConsistencyTrajectoryModel`.
+
     Args:
-        network: The raw network F.
-        precond: The jump's preconditioning on the denoiser.
-        sigma_data: Standard deviation of the data.
         sigma_min: The level that all jumps reach; 0 where the preconditioning reaches it. Default: the cleanest one
             that the preconditioning was made for, 0.002 if it was made for any.
-        noise_conditioning: What the network is told of a noise level. Default: EDM's ``ln(t) / 4``.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -195,17 +194,10 @@ class ConsistencyModel(Student):
         return self.sigma_min, super().default_range[1]
 
     def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
-        """Jump from ``t`` to ``sigma_min`` in one call of the network.
+        """Return the jump from ``t`` to ``sigma_min``, in one call of the network: as `ConsistencyTrajectoryModel`.
 
-        Args:
-            x_t: Noisy data. Shape ``(B, ...)``.
-            t: Noise levels of ``x_t``. Shape ``(B,)``, or one for all.
-            s: May be left out, or must be ``sigma_min``, to float32 rounding: losses and samplers call all students
-                alike. As in `Preconditioning`, other levels give NaN where looking at them would stall the device.
-            **condition: Handed to the network.
-
-        Returns:
-            The data at noise level ``sigma_min``. Shape and dtype of ``x_t``.
+        ``s`` may be left out, or must be ``sigma_min``, to float32 rounding: losses and samplers call all students
+        alike. As in `Preconditioning`, other levels give NaN where looking at them would stall the device.
         """
         t = one_per_sample(t, x_t)
         # in t's dtype: a level that is sigma_min but for rounding is the boundary
@@ -222,8 +214,15 @@ class ConsistencyModel(Student):
         s = one_per_sample(s, x, "s")
         reached = (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
         if all_true(reached) is False:
-            raise ValueError(
-                f"s must be sigma_min = {self.sigma_min:g}, the only level that a consistency model jumps to, got "
-                f"{s[~reached][0].item():.9g}: leave s out, or take a ConsistencyTrajectoryModel."
-            )
+            raise ValueError(self.fault(math.inf, s[~reached][0].item()))
         return torch.where(reached, s, torch.nan)
+
+    def fault(self, t: float, s: float) -> str | None:
+        """Return what is wrong with a jump from t to s, first of all that it ends elsewhere, or None."""
+        if abs(s - self.sigma_min) <= ROUNDING * self.sigma_min:
+            return super().fault(t, s)
+        return (
+            f"s must be sigma_min = {self.sigma_min:g}, the only level that a ConsistencyModel jumps to, got {s:.9g}: "
+            f"leave s out, sample by sample_one_step or sample_multistep with sigma_min={self.sigma_min:g}, or take a "
+            f"ConsistencyTrajectoryModel."
+        )

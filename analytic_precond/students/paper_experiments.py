@@ -111,7 +111,7 @@ class PaperExperiment:
         return karras_noise_levels(steps + 1)
 
     def sample_denoising_levels(self, batch: int, generator: torch.Generator | None = None) -> Tensor:
-        r"""Draw the noise levels of the denoising loss as sony/ctm does.
+        r"""Return noise levels for the denoising loss, of shape ``(B,)``, drawn as by sony/ctm.
 
         Half have $\ln t \sim N(-1.2, 1.2^2)$, the others are spread as Karras's grid, from 80 over 70 % of its ramp,
         to 0.318: large noise is where a student of few steps begins. The loss's weight is EDM's, ``"karras"``.
@@ -119,9 +119,6 @@ class PaperExperiment:
         Args:
             batch: Number of levels B, at least 1.
             generator: Source of the random numbers. Default: torch's own.
-
-        Returns:
-            Noise levels. Shape ``(B,)``.
 
         Raises:
             ValueError: If ``batch`` is below 1.

@@ -27,7 +27,7 @@ from .predictions import PredictionScalings
 def denoiser_from_diffusers(
     model: nn.Module, scheduler: Any, dtype: torch.dtype | None = None, quantize: bool = False, **condition: Any
 ) -> NetworkDenoiser:
-    r"""Make a denoiser of a diffusers model and the scheduler that it was trained for.
+    r"""Return the denoiser of a diffusers model and the scheduler that it was trained for.
 
     The result is what the scheduler's ``step`` takes for the clean sample (``pred_original_sample``), at any noise
     level and per sample, without the clipping and thresholding that some schedulers add, and without the boundary
@@ -56,9 +56,6 @@ def denoiser_from_diffusers(
         **condition: Conditions of one sample, for all, e.g. ``encoder_hidden_states`` (see `common`); those of a call
             come on top.
 
-    Returns:
-        The denoiser.
-
     Raises:
         TypeError: If the scheduler does not tell what its model was trained for.
         ValueError: If its prediction type is not known, or there is no table to ``quantize`` to.
@@ -79,7 +76,8 @@ def denoiser_from_diffusers(
 
 def _scalings_of(scheduler: Any, quantize: bool) -> NetworkScalings:
     """Return the scalings of the model that a scheduler is for, told by what it has."""
-    name, config = type(scheduler).__name__, getattr(scheduler, "config", None)
+    name = type(scheduler).__name__
+    config: Any = getattr(scheduler, "config", None)
     prediction_type = getattr(config, "prediction_type", None)
     if hasattr(scheduler, "alphas_cumprod") and prediction_type is not None:
         if not getattr(config, "use_flow_sigmas", False):
@@ -88,11 +86,14 @@ def _scalings_of(scheduler: Any, quantize: bool) -> NetworkScalings:
         check_choice(prediction_type, known, f"the prediction_type of {name} with use_flow_sigmas")
         scalings = _flow(scheduler, known[prediction_type])
     elif hasattr(scheduler, "precondition_noise") and hasattr(config, "sigma_data"):
-        scalings = _edm(scheduler)
+        check_choice(prediction_type, ("epsilon", "v_prediction"), f"{name}'s prediction_type")
+        sign = 1.0 if prediction_type == "epsilon" else -1.0  # diffusers' v differs from its epsilon in that
+        edm = EDMPreconditioning(config.sigma_data)
+        scalings = _Rescaled(edm, output=sign, told=scheduler.precondition_noise)
     elif hasattr(scheduler, "get_scalings_for_boundary_condition") and hasattr(config, "sigma_data"):
         scalings = _ConsistencyScalings(scheduler)
     elif prediction_type == "trigflow":
-        sigma_data = config.sigma_data  # type: ignore[union-attr]
+        sigma_data = config.sigma_data
         on_unit_scale = PredictionScalings("velocity", TrigFlowSchedule(sigma_data))
         scalings = _Rescaled(on_unit_scale, input=sigma_data, output=1 / sigma_data)
     elif hasattr(scheduler, "discrete_sigmas"):
@@ -171,14 +172,6 @@ def _discrete(scheduler: Any, quantize: bool) -> NetworkScalings:
         table = table[:-1]  # the last is pure noise: 0, or a stand-in for it
     table = table[table > 0]  # a beta of 1 is pure noise, too
     return PredictionScalings(_PREDICTION_TYPES[config.prediction_type], VPDiscreteSchedule(table, quantize))
-
-
-def _edm(scheduler: Any) -> NetworkScalings:
-    """Return EDM's scalings; diffusers' v differs from its epsilon in the sign of the output."""
-    config = scheduler.config
-    check_choice(config.prediction_type, ("epsilon", "v_prediction"), f"{type(scheduler).__name__}'s prediction_type")
-    sign = 1.0 if config.prediction_type == "epsilon" else -1.0
-    return _Rescaled(EDMPreconditioning(config.sigma_data), output=sign, told=scheduler.precondition_noise)
 
 
 def _has_flow_sigmas(scheduler: Any) -> bool:

@@ -42,7 +42,8 @@ class GaussianDenoiser(FixedPrecisionModule):
 
     def __init__(self, variances: Tensor | float, mean: Tensor | float = 0.0) -> None:
         super().__init__()
-        device = _device_of(variances, mean)
+        given = (value.device for value in (variances, mean) if isinstance(value, Tensor))
+        device = next(given, torch.device("cpu"))
         self.register_buffer("variances", _as_parameter(variances, "variances", device, nonnegative=True))
         self.register_buffer("mean", _as_parameter(mean, "mean", device))
 
@@ -192,11 +193,6 @@ def _check_samples(x: Tensor, shape: torch.Size) -> None:
     sizes = x.shape[1:][max(0, x.ndim - 1 - len(shape)) :]
     if len(sizes) != len(shape) or any(own not in (1, size) for own, size in zip(shape, sizes, strict=True)):
         raise ValueError(f"x must hold samples of shape {tuple(shape)}, got x of shape {tuple(x.shape)}.")
-
-
-def _device_of(*values: object) -> torch.device:
-    """Return where the first tensor is, on the CPU without any."""
-    return next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
 
 
 def _as_parameter(value: Tensor | float, name: str, device: torch.device, nonnegative: bool = False) -> Tensor:

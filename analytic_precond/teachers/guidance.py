@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_choice
+from .._checks import check_answer, check_callable, check_choice
 from .._conditions import plain
 from .._modules import Wrapper
 from .._precision import place
@@ -16,8 +16,7 @@ from ..noise_levels.per_sample import expand_to
 from .denoiser import Denoiser
 from .networks import noise_range_of
 
-_FORMULAS = ("from_unconditional", "from_conditional")
-
+_OFFSETS = {"from_unconditional": 0.0, "from_conditional": 1.0}  # added to the scale, 1 is the conditional denoiser
 
 Scale = float | Tensor | Callable[[Tensor], float | Tensor]
 
@@ -70,27 +69,18 @@ def guide(
         >>> guide(c, u, None)(torch.ones(2, 1), torch.ones(2), guidance_scale=torch.tensor([2.0, 7.5])).flatten()
         tensor([2.0000, 7.5000])
     """
-    check_choice(formula, _FORMULAS, "formula")
+    check_choice(formula, _OFFSETS, "formula")
     for name, value in (("denoiser", denoiser), ("unconditional", unconditional)):
-        if not callable(value):
-            raise TypeError(f"{name} must be callable as {name}(x, t), got {type(value).__name__}.")
+        check_callable(value, name, f"{name}(x, t)")
     if scale is not None and not callable(scale):
         _check_scale(scale, "scale")
     if isinstance(shared, str) or not isinstance(shared, Sequence) or not all(isinstance(name, str) for name in shared):
         raise TypeError(f"shared must be a tuple of names, got {shared!r}: write shared=('class_labels',).")
-    return GuidedDenoiser(denoiser, unconditional, scale, 1.0 if formula == "from_conditional" else 0.0, tuple(shared))
+    return GuidedDenoiser(denoiser, unconditional, scale, _OFFSETS[formula], tuple(shared))
 
 
 class GuidedDenoiser(Wrapper):
-    """What `guide` returns.
-
-    Args:
-        denoiser: The conditional denoiser.
-        unconditional: The unconditional denoiser.
-        scale: The guidance scale; None where calls say it.
-        offset: What the formula adds to the scale, so that 1 is the conditional denoiser.
-        shared: Names of the conditions that go to both.
-    """
+    """What `guide` returns."""
 
     named_after = "denoiser"
 
@@ -121,11 +111,8 @@ class GuidedDenoiser(Wrapper):
             )
         c = self.denoiser(x, t, **told)
         u = self.unconditional(x, t, **{name: told[name] for name in self.shared})
-        if c.shape != u.shape:
-            raise ValueError(
-                f"expected both denoisers to return x's shape {tuple(x.shape)}, got {tuple(c.shape)} and "
-                f"{tuple(u.shape)}."
-            )
+        check_answer(c, x, "denoiser")
+        check_answer(u, x, "unconditional denoiser")
         dtype = torch.promote_types(x.dtype, torch.float32)
         if isinstance(scale, Tensor):
             if scale.shape not in {(), (1,), x.shape[:1]}:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_tensor
+from .._checks import check_answer, check_callable, check_tensor
 from .._conditions import expanded, on_device, plain
 from .._modules import NetworkWrapper, modules_of
 from .._precision import wide_dtype
@@ -64,8 +64,7 @@ class NetworkDenoiser(NetworkWrapper):
         learned_variance: bool = False,
         time_dtype: torch.dtype | None = None,
     ) -> None:
-        if not callable(network):
-            raise TypeError(f"network must be callable as network(x, time), got {type(network).__name__}.")
+        check_callable(network, "network", "network(x, time)")
         super().__init__(network)
         self.scalings = scalings
         self.condition = dict(condition or {})
@@ -106,7 +105,7 @@ class NetworkDenoiser(NetworkWrapper):
         if c_noise.is_floating_point():  # times and embeddings lose their meaning in half precision
             c_noise = c_noise.to(self.time_dtype or torch.promote_types(z.dtype, torch.float32))
         try:
-            output = self.network(z, c_noise, **condition)
+            output: Tensor = self.network(z, c_noise, **condition)
         except TypeError as error:
             if any(phrase in str(error) for phrase in _CALL_ERRORS):
                 given = "".join(f", {name}=..." for name in condition)
@@ -116,16 +115,10 @@ class NetworkDenoiser(NetworkWrapper):
                     f"teacher."
                 ) from error
             raise
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            got = output.dtype if isinstance(output, Tensor) else type(output).__name__
-            raise TypeError(f"the network must return a floating-point tensor, got {got}: unwrap its output.")
-        if self.learned_variance and output.ndim == z.ndim > 1 and output.shape[1] == 2 * z.shape[1]:
+        may_be_twice = self.learned_variance and isinstance(output, Tensor) and output.ndim == z.ndim > 1
+        if may_be_twice and output.shape[1] == 2 * z.shape[1]:
             output = output[:, : z.shape[1]]
-        if output.shape != z.shape:
-            raise ValueError(
-                f"the network must return x's shape {tuple(z.shape)}, got {tuple(output.shape)}: check its number of "
-                f"channels; learned_variance=True drops a second half of them."
-            )
+        check_answer(output, z, "network")
         return output
 
     def _network_dtype(self, default: torch.dtype) -> torch.dtype:
@@ -152,7 +145,7 @@ def denoiser_from_network(
     time_dtype: torch.dtype | None = None,
     **condition: Any,
 ) -> NetworkDenoiser:
-    r"""Make a denoiser of a network that predicts something else, under any noise schedule.
+    r"""Return the denoiser of a network that predicts something else, under any noise schedule.
 
     The network gets $x' = \alpha x = \alpha x_0 + \sigma n$ and the schedule's time $\tau$ (`Schedule.network_time`).
     It predicts
@@ -175,9 +168,6 @@ def denoiser_from_network(
             80. ``torch.float64`` keeps all, for networks that take it (FastGen's and rCM's codes count in it).
         **condition: Conditions of one sample, for all, e.g. a null label (see `common`); those of a call come on top.
 
-    Returns:
-        The denoiser.
-
     Raises:
         TypeError: If ``network`` is not callable or ``schedule`` is not a `Schedule`.
         ValueError: If ``prediction`` is unknown.
@@ -198,23 +188,13 @@ def denoiser_from_network(
 def denoiser_from_edm(
     network: Callable[..., Any], dtype: torch.dtype | None = None, **condition: Any
 ) -> NetworkDenoiser:
-    """Make a denoiser of an EDM-style network, which is one already: ``network(x, sigma, class_labels=...)``.
+    """Return the denoiser of an EDM-style network, which is one already: ``network(x, sigma, class_labels=...)``.
 
     Such networks hold their own preconditioning and cast down inside; they are called in float32 or wider, also under
     autocast, their output comes back in ``x``'s dtype, and labels for an unconditional one (``label_dim`` 0) are an
     error.
 
-    Args:
-        network: The network, in eval mode.
-        dtype: What the network is called in. Default: its own, float32 at least.
-        **condition: Conditions of one sample, for all, e.g. ``class_labels`` (see `common`); those of a call come on
-            top.
-
-    Returns:
-        The denoiser.
-
-    Raises:
-        TypeError: If ``network`` is not callable.
+    The arguments and the errors are those of `denoiser_from_network`; e.g. ``class_labels`` are such a condition.
 
     Examples:
         >>> denoiser = denoiser_from_edm(lambda x, sigma, class_labels=None: x / (1 + sigma.reshape(-1, 1) ** 2))

@@ -19,22 +19,7 @@ from ..noise_levels.schedules import Schedule
 
 @dataclass(frozen=True)
 class PredictionScalings:
-    """The coefficients of `NetworkDenoiser` for what a network predicts under a schedule.
-
-    Args:
-        prediction: A name in `denoiser_from_network`.
-        schedule: The noise schedule.
-
-    Raises:
-        TypeError: If ``schedule`` is not a `Schedule`.
-        ValueError: If ``prediction`` is unknown.
-
-    Examples:
-        >>> from analytic_precond import EDMSchedule
-        >>> c_skip, c_out, c_in, c_noise = PredictionScalings("epsilon", EDMSchedule())(torch.tensor(4.0))
-        >>> c_skip.item(), c_out.item(), c_in.item(), c_noise.item()
-        (1.0, -4.0, 1.0, 4.0)
-    """
+    """The coefficients of `NetworkDenoiser` for a prediction under a schedule: see `denoiser_from_network`."""
 
     prediction: str
     schedule: Schedule

@@ -22,14 +22,7 @@ Coefficients = Callable[[Any, Any], Any]
 
 
 class Jumps:
-    """The jumps of a preconditioning, or of any function of t and s, on the denoiser.
-
-    Args:
-        precond: It.
-        levels: Decreasing noise levels; None for its own range, or EDM's.
-        target: The one level that all jumps reach, if there is only one.
-        sigma_data: Given if the coefficients are those of a raw network inside EDM's denoiser.
-    """
+    """The jumps of a preconditioning, or of any function, on the denoiser: what `assert_preconditioning` is given."""
 
     def __init__(
         self, precond: Coefficients, levels: Tensor | None, target: float | None, sigma_data: float | None
@@ -56,12 +49,15 @@ class Jumps:
         """Return the levels to reach, which may only be one."""
         return s if self.target is None else torch.full_like(s, self.target)
 
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Return all pairs of levels that jumps join, each with itself first."""
+    def pairs(self, some: bool = False) -> tuple[Tensor, Tensor]:
+        """Return all pairs of levels that jumps join, each with itself first, or some 64 of them."""
         if self.target is not None:
-            return self.levels, self.ends(self.levels)
-        rows, columns = torch.triu_indices(len(self.levels), len(self.levels), device=self.levels.device)
-        return self.levels[rows], self.levels[columns]
+            t, s = self.levels, self.ends(self.levels)
+        else:
+            rows, columns = torch.triu_indices(len(self.levels), len(self.levels), device=self.levels.device)
+            t, s = self.levels[rows], self.levels[columns]
+        every = max(1, len(t) // 64) if some else 1
+        return t[::every], s[::every]
 
     def between(self, low: float, high: float, num: int) -> Tensor:
         """Return levels evenly spaced in lambda, fewer if each has many coefficients."""
@@ -102,9 +98,8 @@ class Jumps:
             answer = (function or self.precond)(t, s)
         except Exception as error:
             shapes = f"t and s of shapes {tuple(t.shape)} and {tuple(s.shape)}, {t.dtype}"
-            raise AssertionError(
-                f"call: it must take {shapes}, got {type(error).__name__}: {_first_line(error)}"
-            ) from error
+            first_line = str(error).partition("\n")[0]
+            raise AssertionError(f"call: it must take {shapes}, got {type(error).__name__}: {first_line}") from error
         if not (isinstance(answer, tuple | list) and len(answer) == 2 and all(isinstance(c, Tensor) for c in answer)):
             raise AssertionError(f"call: it must return two tensors, c_skip and c_out, got {type(answer).__name__}.")
         levels = torch.broadcast_shapes(t.shape, s.shape)
@@ -119,15 +114,12 @@ class Jumps:
                 )
             if t.dtype == torch.float64 and c.dtype != torch.float64:
                 raise AssertionError(f"dtype: float64 levels must give float64 coefficients, got {name} in {c.dtype}.")
-        return self._on_denoiser(Scalings(*answer), t)
-
-    def _on_denoiser(self, scalings: Scalings, t: Tensor) -> Scalings:
-        if self.edm is None:
-            return scalings
-        c_skip, c_out = scalings
-        edm = self.edm(self.column(t))
-        c_out = c_out / edm.c_out
-        return Scalings(c_skip - c_out * edm.c_skip, c_out)
+        c_skip, c_out = answer
+        if self.edm is not None:
+            edm = self.edm(self.column(t))
+            c_out = c_out / edm.c_out
+            c_skip = c_skip - c_out * edm.c_skip
+        return Scalings(c_skip, c_out)
 
     def compare(
         self, what: str, got: Tensor, expected: Tensor | float, allowed: Tensor | float, t: Tensor, s: Tensor, why: str
@@ -143,10 +135,6 @@ class Jumps:
                 f"{what}: got {values[0]:.9g}, expected {values[1]:.9g}, off by {abs(values[0] - values[1]):.2g} at "
                 f"t = {t[level].item():.9g}, s = {s[level].item():.9g}. {why}"
             )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _slope(c: Tensor, level: Tensor) -> Tensor:

@@ -121,10 +121,8 @@ class _Network:
         t = self.schedule.noise_level(times)
         known = ~self.schedule.time(t).isnan()  # a wrong time may be none at all
         alpha = torch.where(known, self.schedule.alpha(times), torch.nan)
-        coefficients = PredictionScalings(self.prediction, self.schedule)(torch.where(known, t, self._some_level()))[:2]
+        low, high = self.schedule.noise_range or (0.0, torch.inf)
+        some_level = min(max(low, 1.0), high)
+        coefficients = PredictionScalings(self.prediction, self.schedule)(torch.where(known, t, some_level))[:2]
         alpha, c_skip, c_out = (expand_to(c, z).to(z.dtype) for c in (alpha, *coefficients))
         return (self.exact(z / alpha, t.to(z.dtype)) - c_skip * (z / alpha)) / c_out
-
-    def _some_level(self) -> float:
-        low, high = self.schedule.noise_range or (0.0, torch.inf)
-        return min(max(low, 1.0), high)

@@ -6,8 +6,6 @@ The order is that in which a fault is named best: what fails early would make mu
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +13,8 @@ from torch import Tensor, nn
 from ..preconditionings.base import Preconditioning
 from .jumps import Coefficients, Jumps
 
-_SMOOTH = (
-    1e-3  # of a step of 0.01 in lambda and the larger of a coefficient and its slope; smooth ones reach 1e-5 of it
-)
+# of a step of 0.01 in lambda and the larger of a coefficient and its slope; smooth ones reach 1e-5 of it
+_SMOOTH = 1e-3
 _ROUGHLY = 1e-3  # float32 rounds a slope by less; and where it is wrong by more, no jump is short enough to be measured
 _FEW = 0.1  # of the steps where slope and change disagree: a jump or a corner, not a wrong derivative
 
@@ -112,16 +109,16 @@ def _check_boundary(jumps: Jumps) -> None:
 def _check_slopes(jumps: Jumps) -> AssertionError | None:
     """Refuse wrong derivatives; return what is not smooth, as a narrow read-out looks like that too."""
     low, high = jumps.levels[-1].item(), jumps.levels[0].item()
-    steps: list[tuple[str, Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]] = [
-        ("t", lambda t: (t, jumps.ends(torch.full_like(t, low))), jumps.between(low, high, 1024))
-    ]
+    ends = jumps.between(low, high, 1024)
+    ways = [("t", ends, jumps.ends(torch.full_like(ends, low)))]
     if jumps.target is None:
         for start in jumps.levels[: -1 : max(1, len(jumps.levels) // 4)].tolist():
-            steps.append(("s", partial(_from, start), jumps.between(low, start, 1024)))
+            ends = jumps.between(low, start, 1024)
+            ways.append(("s", torch.full_like(ends, start), ends))
     found = None
-    for by, pair, edges in steps:
+    for by, t, s in ways:
         try:
-            _check_steps(jumps, by, pair, edges)
+            _check_steps(jumps, by, t, s)
         except AssertionError as error:
             if not str(error).startswith("smooth"):
                 raise
@@ -129,15 +126,13 @@ def _check_slopes(jumps: Jumps) -> AssertionError | None:
     return found
 
 
-def _from(start: float, s: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.full_like(s, start), s
-
-
-def _check_steps(jumps: Jumps, by: str, pair: Callable[[Tensor], tuple[Tensor, Tensor]], edges: Tensor) -> None:
-    """Compare changes over short steps with slopes at their middles, which tile the range."""
+def _check_steps(jumps: Jumps, by: str, t: Tensor, s: Tensor) -> None:
+    """Compare changes over short steps in t or s with slopes at their middles, which tile the range."""
+    values = jumps(t, s)
+    edges = t if by == "t" else s
     middles, steps = (jumps.column(v) for v in ((edges[1:] + edges[:-1]) / 2, edges.diff()))
-    t, s = pair(middles.flatten())
-    for (name, value), slope in zip(jumps(*pair(edges))._asdict().items(), jumps.slopes(t, s, by), strict=True):
+    t, s = (middles.flatten(), s[1:]) if by == "t" else (t[1:], middles.flatten())
+    for (name, value), slope in zip(values._asdict().items(), jumps.slopes(t, s, by), strict=True):
         size = torch.maximum(value[1:].abs(), (slope * middles).abs())
         allowed = _SMOOTH * size / middles + 1e-12 * size / steps
         change = value.diff(dim=0) / steps
@@ -244,8 +239,7 @@ def _check_jump(jumps: Jumps, precond: Preconditioning, rtol: float) -> None:
 
 def _check_module(jumps: Jumps, precond: nn.Module) -> None:
     """What happens to a student happens to its preconditioning."""
-    t, s = jumps.pairs()
-    t, s = t[:: max(1, len(t) // 64)], s[:: max(1, len(s) // 64)]
+    t, s = jumps.pairs(some=True)
     before = jumps(t, s)
 
     def check(what: str, module: nn.Module, why: str) -> None:
@@ -280,8 +274,7 @@ def _check_device(jumps: Jumps, there: nn.Module, t: Tensor, s: Tensor) -> None:
 
 
 def _check_compiled(jumps: Jumps, backend: str, rtol: float) -> None:
-    t, s = jumps.pairs()
-    t, s = t[:: max(1, len(t) // 64)], s[:: max(1, len(s) // 64)]
+    t, s = jumps.pairs(some=True)
     expected = jumps(t, s)
     torch.compiler.reset()  # else a process compiles one function a few times only
     compiled = torch.compile(lambda t, s: tuple(jumps.precond(t, s)), fullgraph=True, backend=backend)

@@ -57,7 +57,7 @@ class Problem(ABC):
         r"""Return $\ln L = \int (1 - l)\, d\lambda$, up to one constant for all levels. Shape of ``t``."""
 
     def jump(self, t: Level, s: Level, theta: float = 1.0) -> Scalings:
-        r"""Return the exact coefficients of the theta family (docs/method.md, section 3).
+        r"""Return the exact coefficients of the theta family (docs/method.md, section 3), in the broadcast shape.
 
         $N_s - N_t = \int L S\, d\lambda$ is taken by adaptive quadrature at a relative 1e-12.
 
@@ -65,9 +65,6 @@ class Problem(ABC):
             t: Noise levels to start from.
             s: Noise levels to reach, at most ``t``, positive. They broadcast against ``t``.
             theta: 0 for the forward, 1 for the backward form, or between.
-
-        Returns:
-            c_skip and c_out, in the broadcast shape.
 
         Raises:
             ValueError: If a jump does not go down, or to 0.

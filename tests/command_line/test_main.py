@@ -405,7 +405,7 @@ def test_a_link_is_written_through(there: bool, folder: Path, capsys: pytest.Cap
 
 def test_what_is_no_regular_file_is_not_replaced(folder: Path) -> None:
     os.mkfifo("pipe")
-    with pytest.raises(ValueError, match="expected the path of a regular file to write, got pipe"):
+    with pytest.raises(ValueError, match="path must be a regular file, got pipe"):
         saved("pipe")
     assert not (folder / "pipe").is_file()
 

@@ -37,8 +37,8 @@ def test_differences_are_those_of_the_tables() -> None:
         difference = found.differences[name]
         assert difference.largest == delta.max()
         assert difference.largest_at == (LEVELS[delta.argmax()].item(),)
-        assert difference.most == pytest.approx(z.max().item(), rel=1e-9)
-        assert difference.most_at == (LEVELS[z.argmax()].item(),)
+        assert difference.most_standard_errors == pytest.approx(z.max().item(), rel=1e-9)
+        assert difference.most_standard_errors_at == (LEVELS[z.argmax()].item(),)
     # S = rms(g) / rms(g)|_T in closed form, of which 4096 samples give each rms to 1.3 %: 4 standard errors
     ln_S = [(p.g_rms(LEVELS) / p.g_rms(20.0)).log().numpy() for p in (PROBLEM, wide)]
     assert found.differences["ln S"].largest == pytest.approx(np.abs(ln_S[0] - ln_S[1]).max(), abs=0.1)
@@ -59,7 +59,7 @@ def test_standard_errors_are_those_of_repeated_runs() -> None:
     pairs = [compare_statistics(runs[i], runs[i + 16]) for i in range(16)]
     assert all(pair.agree for pair in pairs)
     for name in ("ln S", "c_skip", "c_out"):
-        z = np.array([pair.differences[name].most for pair in pairs])
+        z = np.array([pair.differences[name].most_standard_errors for pair in pairs])
         # 1 over Student's factor 1.04; its own standard error from 16 pairs is 0.17
         assert np.sqrt(np.mean(z**2)) == pytest.approx(0.96, abs=0.5)
 
@@ -79,7 +79,7 @@ def test_statistics_agree_with_themselves() -> None:
     statistics = estimate(0, intercept=True, per_element=True)
     found = compare_statistics(statistics, statistics)
     assert found.agree
-    assert {(d.largest, d.most) for d in found.differences.values()} == {(0.0, 0.0)}
+    assert {(d.largest, d.most_standard_errors) for d in found.differences.values()} == {(0.0, 0.0)}
 
 
 def test_estimators_of_one_teacher_agree() -> None:

@@ -276,7 +276,7 @@ NARROW = ap.AnalyticPreconditioning.from_coefficients(LEVELS, 0 * LEVELS, 0 * LE
         (measure, {"precond": "CTM"}, TypeError, r"precond must be a Preconditioning, got str: e\.g\. CTMPrecond"),
         (measure, {"x_t": [1.0]}, TypeError, r"x must be a torch\.Tensor, got list"),
         (measure, {"t": torch.ones(3)}, ValueError, r"t must hold one noise level per sample, shape \(2,\)"),
-        (measure, {"t": 2}, TypeError, r"t must be a float or a floating-point tensor, got 2: write"),
+        (measure, {"t": 2}, TypeError, r"t must be a noise level .* got 2 \(int\): write"),
         (measure, {"s": 2.0}, ValueError, r"t > s needed, got s = t at position 0"),
         (measure, {"s": 3.0}, ValueError, r"s <= t.*got t = 2, s = 3 at position 0"),
         (measure, {"s": 0.0}, ValueError, r"s must be finite and positive, got 0 at position 0"),

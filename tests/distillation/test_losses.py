@@ -619,13 +619,21 @@ def test_bad_options_are_refused() -> None:
 
 
 @pytest.mark.parametrize("loss_function", DISTILLATION)
-@pytest.mark.parametrize(("answer", "got"), [(lambda x, t, s: (x,), "tuple"), (lambda x, t, s: x[:, :1], r"\(64, 1\)")])
-def test_answers_of_another_shape_are_refused(loss_function: LossFunction, answer: Any, got: str) -> None:
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (lambda x, t, s: (x,), TypeError, "student must return a floating-point tensor, got tuple"),
+        (lambda x, t, s: x[:, :1], ValueError, r"student must return x's shape \(64, 4\), got \(64, 1\)"),
+    ],
+)
+def test_answers_of_another_shape_are_refused(
+    loss_function: LossFunction, answer: Any, error: type[Exception], message: str
+) -> None:
     """A shape that broadcasts would train towards other numbers without a word."""
     x_0, noise = gaussian_batch()
     good = GaussianFlow(VARIANCES)
     for student, target in ((answer, good), (good, answer)):
-        with pytest.raises(ValueError, match=rf"student must return a tensor of x's shape \(64, 4\), got {got}"):
+        with pytest.raises(error, match=message):
             loss_function(None, student, target, x_0, noise, draw_times())
 
 

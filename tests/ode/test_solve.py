@@ -318,7 +318,7 @@ class TestBadInput:
             (math.inf, 1.0, 1, ValueError, "t must be finite and positive, got inf"),
             (math.nan, 1.0, 1, ValueError, "t must be finite and positive, got nan"),
             (-1.0, -2.0, 1, ValueError, "t must be finite and positive, got -1"),
-            (2, 1.0, 1, TypeError, r"t must be a float .* got 2: write 80\.0"),
+            (2, 1.0, 1, TypeError, r"t must be a noise level .* got 2 \(int\): write 80\.0"),
             (2.0, torch.tensor([1, 1]), 1, TypeError, "u must be a floating-point tensor"),
             (f64(3, 2, 1), 1.0, 1, ValueError, "t must hold one noise level per sample"),
             (2.0, 1.0, 0, ValueError, "num_steps must be at least 1, got 0"),

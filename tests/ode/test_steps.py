@@ -357,7 +357,7 @@ class TestBadInput:
         self.refused(lambda D: step(D, x, math.inf, 0.5), ValueError, "t must be finite and positive, got inf")
         self.refused(lambda D: step(D, x, 1.0, math.nan), ValueError, "s must be finite and at least 0, got nan")
         self.refused(lambda D: step(D, x, 1.0, -0.1), ValueError, "s must be finite and at least 0, got -0.1")
-        self.refused(lambda D: step(D, x, 2, 1.0), TypeError, r"t must be a float .* got 2: write 80\.0")
+        self.refused(lambda D: step(D, x, 2, 1.0), TypeError, r"t must be a noise level .* got 2 \(int\): write 80\.0")
         self.refused(lambda D: step(D, x, 2.0, torch.tensor([1, 0])), TypeError, "s must be a floating-point tensor")
         self.refused(lambda D: step(D, x, f64(3, 2, 1), 1.0), ValueError, r"t must hold one noise level per sample")
         self.refused(lambda D: step(D, x, f64(3, 2, 1)[None], 1.0), ValueError, r"one noise level per sample, got")

@@ -197,7 +197,7 @@ def test_any_table_gives_finite_coefficients_with_the_boundary(
 
 def test_coefficients_that_overflow_are_refused_for_what_they_are() -> None:
     levels = ap.log_noise_levels(20)
-    with pytest.raises(ValueError, match=r"span more than 600, got 1\d{3}"):
+    with pytest.raises(ValueError, match=r"span more than 600 over the levels, got 1\d{3}"):
         ap.AnalyticPreconditioning.from_coefficients(levels, 0 * levels, 0 * levels + 100.0)
 
 

@@ -247,7 +247,7 @@ def test_default_levels_stay_inside_what_the_denoiser_knows() -> None:
     [
         (lambda d, p: ap.ConsistencyModel(d, p), TypeError,
          r"a raw network, got NetworkDenoiser, which is a denoiser already: write ConsistencyModel\.from_denoiser\("),
-        (lambda d, p: ap.ConsistencyModel.from_denoiser(3, p), TypeError, r"denoiser must be callable, got int"),
+        (lambda d, p: ap.ConsistencyModel.from_denoiser(3, p), TypeError, r"denoiser must be callable .* got int"),
         (lambda d, p: ap.ConsistencyModel.from_denoiser(d, "ctm"), TypeError, r"precond must be .* got str"),
         (lambda d, p: ap.ConsistencyModel.from_denoiser(d, p, sigma_min=-1.0), ValueError, r"sigma_min"),
         (lambda d, p: ap.ConsistencyTrajectoryModel.from_denoiser(d, p), TypeError,
@@ -259,7 +259,7 @@ def test_default_levels_stay_inside_what_the_denoiser_knows() -> None:
         (lambda d, p: ap.ConsistencyTrajectoryModel.from_denoiser(d, p, "tau")(X_T, T, S), TypeError, r"tau"),
         (lambda d, p: ap.ConsistencyModel.from_denoiser(lambda x, t: x[:, :1], p)(X_T, T), ValueError,
          r"the denoiser must return x's shape \(4, 3\), got \(4, 1\)"),
-        (lambda d, p: ap.ConsistencyModel.from_denoiser(lambda x, t: (x,), p)(X_T, T), ValueError, r"got tuple"),
+        (lambda d, p: ap.ConsistencyModel.from_denoiser(lambda x, t: (x,), p)(X_T, T), TypeError, r"got tuple"),
         (lambda d, p: ap.ConsistencyModel.from_denoiser(lambda x, t: x, p).scalings(T), TypeError,
          r"how it is made of a raw network, got function: make it with denoiser_from_network"),
     ],

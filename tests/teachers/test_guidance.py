@@ -145,7 +145,7 @@ class TestGuidance:
             guide(ap.GaussianDenoiser(1.0), ap.GaussianDenoiser(1.0), "2")  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="unconditional must be callable"):
             guide(ap.GaussianDenoiser(1.0), None, 2.0)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match="both denoisers"):
+        with pytest.raises(ValueError, match="unconditional denoiser must return"):
             guide(lambda x, t: x, lambda x, t: x[:1], 2.0)(self.x, self.t)
 
 
