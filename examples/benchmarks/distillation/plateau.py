@@ -13,16 +13,13 @@ from pathlib import Path
 
 import numpy as np
 from configurations import BASELINE, CONFIGURATIONS, PLATEAU_SHARES, Configuration, Run
-from figures import FONT, STYLES
-from matplotlib.figure import Figure
+from plateau_figures import draw_alignment, draw_ratios
 from preconditionings import METHODS
 from report import ROOT, load_results, load_stored, provenance
 from scipy import stats
 from speedups import History, iterations_to
 from storage import write_json
 from tables import table
-
-import analytic_precond as ap
 
 CONFIG = CONFIGURATIONS["plateau"]
 KINDS = ("ode", "pixels-data", "pixels-teacher", "features-data", "features-teacher")
@@ -64,12 +61,17 @@ class Comparison:
         half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / len(logs) ** 0.5
         return self.mean * math.exp(-half), self.mean * math.exp(half)
 
+    @property
+    def counts(self) -> bool:
+        """Whether the difference does."""
+        return self.corrected < SIGNIFICANT
+
     def __str__(self) -> str:
         if len(self.ratios) < 2:
             return f"{self.mean:.3f}"
         low, high = self.interval()
         text = f"{self.mean:.3f} [{low:.3f}, {high:.3f}]"
-        return f"**{text}**" if self.corrected < SIGNIFICANT else text
+        return f"**{text}**" if self.counts else text
 
 
 def on_plateau(history: History, metric: str, iterations: int) -> np.ndarray:
@@ -94,6 +96,11 @@ def pairs_of(results: Results, problem: str, method: str) -> list[tuple[History,
     runs = {(run.method, run.seed): history for run, history in results.items() if run.problem == problem}
     seeds = sorted(seed for name, seed in runs if name == method and (BASELINE, seed) in runs)
     return [(runs[method, seed], runs[BASELINE, seed]) for seed in seeds]
+
+
+def methods_of(results: Results, config: Configuration, problem: str) -> list[str]:
+    """Return the methods that can be compared with the baseline."""
+    return [name for name in config.methods if name != BASELINE and pairs_of(results, problem, name)]
 
 
 def compare(results: Results, config: Configuration, problem: str, method: str) -> dict[str, Comparison]:
@@ -160,7 +167,7 @@ def name_of(metric: str) -> str:
 def tables(results: Results, config: Configuration, problem: str) -> list[str]:
     """Return the tables of one set of data, with headings."""
     iterations = config.problem(problem).iterations
-    methods = [name for name in config.methods if name != BASELINE and pairs_of(results, problem, name)]
+    methods = methods_of(results, config, problem)
     base = [history for run, history in results.items() if (run.problem, run.method) == (problem, BASELINE)]
     compared = {name: compare(results, config, problem, name) for name in methods}
     rows = []
@@ -177,39 +184,6 @@ def tables(results: Results, config: Configuration, problem: str) -> list[str]:
         "Iterations of CTM to its own plateau value, over those to the same value:\n",
         table(["", *labels], faster),
     ]
-
-
-def draw_alignment(results: Results, config: Configuration, problem: str) -> Figure:
-    """Draw the error of the first of two jumps over training, and at the end over the level that is jumped to."""
-    figure = Figure(figsize=(13, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    levels = ap.karras_noise_levels(config.num_levels)[1:].numpy()
-    for name in config.methods:
-        runs = [history for run, history in results.items() if (run.problem, run.method) == (problem, name)]
-        if not runs:
-            continue
-        colour, dashes = STYLES[name]
-        style = {"color": colour, "linestyle": dashes, "linewidth": 2.2, "label": METHODS[name].label}
-        midpoints = np.log([[point["midpoint"] for point in run] for run in runs])
-        left.plot([point["iteration"] for point in runs[0]], np.exp(midpoints.mean(0)), **style)
-        right.plot(levels, np.exp(np.log([run[-1]["levels"] for run in runs]).mean(0)), **style)
-    left.set_xscale("symlog", linthresh=config.problem(problem).iterations / 128)
-    left.set(
-        xlabel="iteration", ylabel="squared error at the mid-point,\nrelative to the teacher's point", yscale="log"
-    )
-    right.set(
-        xlabel="noise level of the intermediate point", ylabel="the same, after training", xscale="log", yscale="log"
-    )
-    for panel in (left, right):
-        panel.xaxis.label.set_fontsize(FONT)
-        panel.yaxis.label.set_fontsize(FONT)
-        panel.tick_params(labelsize=FONT - 2, which="both")
-        panel.grid(alpha=0.3)
-    left.set_title(f"{problem}: two jumps", fontsize=FONT)
-    right.set_title("jumps from the top to every level", fontsize=FONT)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=FONT - 1, frameon=False)
-    return figure
 
 
 def main() -> None:
@@ -232,7 +206,13 @@ def main() -> None:
         parts += tables(results, CONFIG, problem)
         images = args.docs / "images" / "evidence"
         images.mkdir(parents=True, exist_ok=True)
-        draw_alignment(results, CONFIG, problem).savefig(images / f"{CONFIG.name}_{problem}_alignment.png", dpi=100)
+        compared = {name: compare(results, CONFIG, problem, name) for name in methods_of(results, CONFIG, problem)}
+        figures = {
+            "alignment": draw_alignment(results, CONFIG, problem),
+            "ratios": draw_ratios(compared, f"{problem}, on the plateau: values over CTM's"),
+        }
+        for name, figure in figures.items():
+            figure.savefig(images / f"{CONFIG.name}_{problem}_{name}.png", dpi=100)
     (args.docs / "evidence" / f"{CONFIG.name}_tables.md").write_text("\n".join(parts))
     print(f"tables and raw numbers are in {raw.parent}")
 
