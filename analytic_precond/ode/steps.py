@@ -150,6 +150,10 @@ class Velocity:
 
     def removed(self, x: Tensor, t: Tensor) -> Tensor:
         """Return x - D in x's dtype: t times the velocity."""
+        return x - self.denoised(x, t)
+
+    def denoised(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return D in x's dtype."""
         own = (tensor.to(self.dtype, copy=True) for tensor in (x, t))  # the teacher may overwrite what it gets
         denoised = self.denoiser(*own, **plain(self.condition))
         if not isinstance(denoised, Tensor) or not denoised.is_floating_point():
@@ -160,7 +164,11 @@ class Velocity:
                 f"the teacher must return x's shape {tuple(x.shape)}, got {tuple(denoised.shape)}: drop extra channels "
                 f"(a learned variance?) in an adapter."
             )
-        return x - denoised.to(x.dtype)
+        return denoised.to(x.dtype)
+
+    def state_dtype(self, x: Tensor) -> torch.dtype:
+        """Return what a state that starts at x is kept in: the wider of x's and the teacher's, float32 at least."""
+        return torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32)
 
 
 class Weights(NamedTuple):
