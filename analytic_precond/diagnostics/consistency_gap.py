@@ -54,9 +54,10 @@ def consistency_gap(
     r"""Measure the consistency gap of jumps from t to s, at both ends of the jump.
 
     $x_s$ is the teacher's own: ``num_steps / 2`` steps of Dormand and Prince's fifth-order method, uniform in
-    $t^{1/7}$, of what sets it off an Euler step, so that a float32 teacher is followed as well as it answers. The teacher is evaluated ``3 * num_steps + 1`` times per sample, once more where the preconditioning
-    asks at another level. On smooth teachers, for jumps like 80 to 5 or 1 to 0.1, 12 give four digits, 24 six and the
-    default eight; twice as many steps divide the error by 32 or more, and tell what it was.
+    $t^{1/7}$, of what sets it off an Euler step: so a float32 teacher is followed as well as it answers. It is
+    evaluated ``3 * num_steps + 1`` times per sample, once more where the preconditioning asks at another level. On
+    smooth teachers, for jumps like 80 to 5 or 1 to 0.1, 12 give four digits, 24 six and the default eight; twice as
+    many steps divide the error by 32 or more, and tell what it was.
 
     Args:
         denoiser: The teacher $D$.

@@ -208,8 +208,8 @@ class Preconditioning(FixedPrecisionModule):
     def required_change(self, x_t: Tensor, denoised: Tensor, bend: Tensor, t: Tensor, s: Tensor) -> Tensor:
         r"""Return how far `required_output` is from what the teacher says, $D^* - D$, without rounding of x_t and D.
 
-        With $x_s = x_t + \frac{s - t}t (x_t - D) + w$ it is $(w + (1 - \frac st - c_{out}) D + (\frac st - c_{skip}) x_t)
-        / c_{out}$. An Euler step's coefficients leave w alone.
+        With $x_s = x_t + \frac{s - t}t (x_t - D) + w$ it is $(w + (1 - \frac st - c_{out}) D + (\frac st - c_{skip})\,
+        x_t) / c_{out}$. Of an Euler step's coefficients only w is left.
 
         Args:
             x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
@@ -236,7 +236,9 @@ class Preconditioning(FixedPrecisionModule):
                 f"t > s needed, got s = t at position {index}: a jump from a level to itself lands on x_t whatever the "
                 f"denoiser returns."
             )
-        return self._from_modes(torch.where(trivial, torch.nan, torch.addcmul(modes_s, c_skip, modes_t, value=-1) / c_out))
+        return self._from_modes(
+            torch.where(trivial, torch.nan, torch.addcmul(modes_s, c_skip, modes_t, value=-1) / c_out)
+        )
 
     def on_schedule(self, schedule: Schedule) -> ScheduledPreconditioning:
         r"""Return the same jump for students of another schedule, on $x' = \alpha x$ and between the schedule's times.

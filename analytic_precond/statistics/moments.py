@@ -90,14 +90,14 @@ def inner_products(features: Sequence[Tensor], dim: int = -1) -> Tensor:
 def regressed(f: Tensor, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Regress f on x over a dimension; arithmetic of their size is in their own dtype.
 
-    Plain sums in float32 would do for neither of two things: a remainder g of E = k x + g that is below 3e-4 of E drowns
-    in EE - 2 k Ex + k^2 xx, and a trace that is nearly d is rounded by up to 6e-8, as is l, which may be as near to 1.
+    Plain sums in float32 would not do: a remainder g of E = k x + g that is below 3e-4 of E drowns in
+    EE - 2 k Ex + k^2 xx, and a trace that is nearly d is rounded by 6e-8, while l may be as near to 1.
 
     1. A rough multiple k is taken out: the rest f - k x is good to float32's epsilon times f, for each element.
     2. Sums of the rest and of x are pairwise: good to a few epsilons of what they add up.
-    3. With f = k x + rest the rest is algebra, in float64. Whatever k and xx have become by rounding drops out of g^2
-       and of the ratio fx / xx: they are good to a few epsilons of themselves, and epsilon^2 of E^2. That is less
-       than float32 leaves of the teacher's D (`is_resolved`).
+    3. With f = k x + rest all else is algebra, in float64. Whatever rounding has made of k and xx drops out of g^2 and
+       of the ratio fx / xx: they are good to a few epsilons of themselves, and epsilon^2 of E^2, which is less than
+       float32 leaves of the teacher's D (`is_resolved`).
 
     Returns:
         The multiple k, the rest f - k x, and the sums of f x and x x; all but the rest in the wide dtype.
