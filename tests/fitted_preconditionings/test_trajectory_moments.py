@@ -33,8 +33,8 @@ def test_a_fit_takes_the_documented_memory(fit: str, num_trajectories: int) -> N
 
 
 # products of points alone are float64. Those at all lower levels are as many as the teacher's passes
-@pytest.mark.parametrize(("fit", "most"), [("least squares", 0.1), ("shifted", 0.3)])  # it was 0.79 and 0.83
+@pytest.mark.parametrize(("fit", "most"), [("least squares", 0.1), ("shifted", 0.3)])  # it was 0.88 and 0.90
 def test_a_float32_teacher_is_followed_in_float32(fit: str, most: float) -> None:
-    with FullSize(DATA[:32].numel()) as watched:
+    with FullSize(DATA[0].numel()) as watched:  # points are multiplied in pieces
         FITS[fit](lambda x, t: 0.5 * x, DATA, LEVELS, 32, 32, progress=False)
     assert 0 < watched.share < most

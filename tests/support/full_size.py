@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class FullSize(TorchDispatchMode):
-    """Inside it, operations are watched that take or make floating-point tensors of at least a batch's size.
+    """Inside it, operations are watched that take or make large floating-point tensors.
 
     Args:
-        size: Elements of a batch of samples.
+        size: Elements from which on a tensor counts: a batch's, or a sample's.
 
     Attributes:
         float64: Elements that they read and write in float64.
