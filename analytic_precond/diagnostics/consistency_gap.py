@@ -21,7 +21,7 @@ from .._checks import check_count, check_levels, check_tensor
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
 from ..ode.steps import Velocity, widen
-from ..ode.trajectories import solution
+from ..ode.trajectories import Point, solution
 from ..preconditionings.base import Preconditioning
 from ..teachers.denoiser import Denoiser
 
@@ -53,10 +53,11 @@ def consistency_gap(
 ) -> ConsistencyGap:
     r"""Measure the consistency gap of jumps from t to s, at both ends of the jump.
 
-    $x_s$ is the teacher's own: ``num_steps / 2`` steps of Dormand and Prince's fifth-order method in float64, uniform
-    in $t^{1/7}$. The teacher is evaluated ``3 * num_steps + 1`` times per sample, once more where the preconditioning
-    asks at another level. On smooth teachers, for jumps like 80 to 5 or 1 to 0.1, 12 give four digits, 24 six and the
-    default eight; twice as many steps divide the error by 32 or more, and tell what it was.
+    $x_s$ is the teacher's own: ``num_steps / 2`` steps of Dormand and Prince's fifth-order method, uniform in
+    $t^{1/7}$, of what sets it off an Euler step: so a float32 teacher is followed as well as it answers. It is
+    evaluated ``3 * num_steps + 1`` times per sample, once more where the preconditioning asks at another level. On
+    smooth teachers, for jumps like 80 to 5 or 1 to 0.1, 12 give four digits, 24 six and the default eight; twice as
+    many steps divide the error by 32 or more, and tell what it was.
 
     Args:
         denoiser: The teacher $D$.
@@ -91,7 +92,7 @@ def consistency_gap(
 
     start, end = teacher_trajectory(velocity, x_t, [t, s], num_steps)
     gaps = _gaps(velocity, precond, start, end)
-    return ConsistencyGap(*(gap.square().reshape(len(gap), -1).mean(1).sqrt() for gap in gaps))
+    return ConsistencyGap(*(gap.square().reshape(len(gap), -1).mean(1).sqrt().to(t.dtype) for gap in gaps))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +177,8 @@ def gap_map(
     target = start.clone()
     with tqdm(total=size * (size - 1) // 2, desc="consistency gaps", unit="jump", disable=not progress) as bar:
         for i, t in enumerate(grid[:-1]):
-            points = teacher_trajectory(velocity, x_0 + expand_to(t, x_0) * noise, grid[i:], num_steps)
+            x_t = x_0 + expand_to(t, x_0).to(torch.promote_types(velocity.state_dtype(x_0), noise.dtype)) * noise
+            points = teacher_trajectory(velocity, x_t, grid[i:], num_steps)
             first = next(points)
             for j, point in enumerate(points, start=i + 1):
                 for p, precond in enumerate(preconditionings.values()):
@@ -185,22 +187,8 @@ def gap_map(
     return GapMap(tuple(preconditionings), levels.detach().to("cpu", torch.float64), start.cpu(), target.cpu())
 
 
-class Point(NamedTuple):
-    """A point of the teacher's ODE.
-
-    Attributes:
-        t: Its noise level. Shape ``(B,)``.
-        x: The noisy data. Shape ``(B, ...)``.
-        denoised: The teacher's output D(x, t).
-    """
-
-    t: Tensor
-    x: Tensor
-    denoised: Tensor
-
-
 def teacher_trajectory(velocity: Velocity, x: Tensor, levels: Sequence[Tensor], num_steps: int) -> Iterator[Point]:
-    """Yield the teacher's ODE solution through ``x`` at every level, the first included.
+    """Return the points of the teacher's ODE through ``x`` at every level, the first included.
 
     Args:
         velocity: The teacher's.
@@ -213,19 +201,17 @@ def teacher_trajectory(velocity: Velocity, x: Tensor, levels: Sequence[Tensor], 
     for t, s in pairwise(levels):
         ramp = torch.linspace(0, 1, per_level + 1, dtype=t.dtype, device=t.device)[1:-1, None]
         grid += [*torch.lerp(t ** (1 / 7), s ** (1 / 7), ramp) ** 7, s]
-    steps = islice(solution(velocity, x.to(grid[0].dtype), grid), None, None, per_level)
-    for t, (x_t, removed) in zip(levels, steps, strict=True):
-        yield Point(t, x_t, x_t - removed)
+    return islice(solution(velocity, x.to(velocity.state_dtype(x)), grid), None, None, per_level)
 
 
 def _gaps(velocity: Velocity, precond: Preconditioning, start: Point, end: Point) -> tuple[Tensor, Tensor]:
-    """Return what a jump between two points of a trajectory requires, less what the teacher says at its two ends."""
-    required = precond.required_output(start.x, end.x, start.t, end.t)
-    said = start.denoised
+    """Return what a jump from a trajectory's beginning requires, less what the teacher says at its two ends."""
+    change = precond._required_change(start.x, start.denoised, end.bend, start.t, end.t)
+    at_start = change
     if precond.told_lower_level:
         q_x, q = precond.query(start.x, start.t, end.t)
-        said = q_x - expand_to(q, q_x) * velocity(q_x, q)
-    return required - said, required - end.denoised
+        at_start = change - (velocity.denoised(q_x, q) - start.denoised)
+    return at_start, change - (end.denoised - start.denoised)
 
 
 def rms(x: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ def trajectory_alignment(
     none. The former tell which intermediate jumps are misaligned, the latter from which levels on the student finds
     the teacher's end.
 
-    The teacher is evaluated ``3 * num_steps`` times per sample from each level to the next (Dormand and Prince's method
-    in float64, as in `consistency_gap`) and once at the last, the student twice per level.
+    The teacher is evaluated ``3 * num_steps`` times per sample from each level to the next (by the
+    method of `consistency_gap`) and once at the last, the student twice per level.
 
     Args:
         denoiser: The teacher $D$.

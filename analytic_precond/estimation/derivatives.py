@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .._conditions import Condition
-from .._precision import wide_dtype
 from ..data.memory import is_out_of_memory
 from ..teachers.denoiser import Denoiser
 
@@ -26,15 +25,15 @@ def jvp(
     return cast("tuple[Tensor, Tensor]", pair)
 
 
-class JacobianForm:
-    r"""$v^T (\partial D / \partial x) v$ per sample: by one JVP, or by one VJP once the teacher has refused a JVP."""
+class JacobianProduct:
+    r"""J v, or J^T v once the teacher has refused a JVP, with $J = \partial D / \partial x$: either makes $v^T J v$."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
         self.forward_mode = True
 
     def __call__(self, x: Tensor, t: Tensor, v: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Return D and the form. Shapes: ``x``, ``v`` (B, ...) to (B, ...) and float64 (B,).
+        """Return D and the product. Shapes: all (B, ...).
 
         Raises:
             RuntimeError: If the teacher has neither derivative.
@@ -42,8 +41,7 @@ class JacobianForm:
         """
         if self.forward_mode:
             try:
-                denoised, product = jvp(self.denoiser, x, t, v, torch.zeros_like(t), condition)
-                return denoised, _inner(v, product)
+                return jvp(self.denoiser, x, t, v, torch.zeros_like(t), condition)
             except RuntimeError as error:  # NotImplementedError is one
                 if is_out_of_memory(error):
                     raise
@@ -61,8 +59,8 @@ class JacobianForm:
         step = eps ** (1 / 3) * t.reshape(-1, *[1] * (x.ndim - 1))
         ahead = self.denoiser(x + step * v, t, **condition).clone()
         difference = (ahead - self.denoiser(x - step * v, t, **condition)) / (2 * step)
-        numeric, reverse = _inner(v, difference).sum(), self._by_vjp(x, t, v, condition)[1].sum()
-        rounding = 10 * eps * _inner(v.abs(), (ahead / step).abs()).sum()
+        numeric, reverse = (v * difference).sum(), (v * self._by_vjp(x, t, v, condition)[1]).sum()
+        rounding = 10 * eps * (v * ahead / step).abs().sum()
         # half of the value is far above the difference's own error, and far below what a hidden network leaves
         if not bool((reverse - numeric).abs() <= 0.5 * numeric.abs() + rounding):
             raise RuntimeError(
@@ -83,7 +81,7 @@ class JacobianForm:
                     "expected a teacher with a forward- or reverse-mode derivative in x, got neither (a no_grad "
                     f"inside it?): use l_method='stein', which needs forward passes only. It said: {error}"
                 ) from error
-        return denoised.detach(), _inner(v, product)
+        return denoised.detach(), product
 
 
 def ode_derivative_jvp(denoiser: Denoiser, x: Tensor, t: Tensor, denoised: Tensor, condition: Condition) -> Tensor:
@@ -118,8 +116,3 @@ def ode_derivative_difference(
     behind = denoiser(x - move, t * math.exp(step), **condition)
     difference: Tensor = (ahead - behind) / (2 * step)
     return difference
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    total: Tensor = (a.to(wide_dtype(a.device)) * b).reshape(len(a), -1).sum(1)
-    return total

@@ -146,11 +146,13 @@ def estimate_statistics(
                 for number, batch in run.batches(largest, device):
                     x_0, first, state = batch.x, batch.first, run.state
                     noise, probes = pair_noise(seed, first, len(x_0), x_0.shape[1:], probes=l_method == "hutchinson")
-                    noise = noise.to(x_0.device, wide_dtype(x_0.device))
+                    # an intercept takes the square of a mean away, which may hide all but 1e-7 of what is left
+                    wide = wide_dtype(x_0.device)
+                    noise = noise.to(x_0.device, wide if intercept else x_0.dtype)
                     probes = None if probes is None else probes.to(x_0)
                     keywords = conditions(batch)
 
-                    moments = noise.new_empty(num_levels, len(x_0), len(MOMENTS))
+                    moments = noise.new_empty(num_levels, len(x_0), len(MOMENTS), dtype=wide)
                     for part in measure(x_0, noise, probes, levels, keywords, number):
                         seen = 2 * (first + part.samples.stop)
                         bar.set_postfix(level=f"{part.level + 1}/{num_levels}", samples=seen, refresh=False)

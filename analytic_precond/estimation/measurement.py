@@ -13,20 +13,20 @@ from .._checks import warn_caller
 from .._conditions import Condition, rows_of
 from .._precision import wide_dtype
 from ..data.memory import BatchSize, Pieces
-from ..statistics.moments import inner_products, reference
+from ..statistics.moments import inner_products, reference, regressed
 from ..teachers.denoiser import Denoiser
-from .derivatives import JacobianForm, ode_derivative_difference, ode_derivative_jvp
+from .derivatives import JacobianProduct, ode_derivative_difference, ode_derivative_jvp
 
 _ODE_DERIVATIVES = {"jvp": ode_derivative_jvp, "finite-difference": ode_derivative_difference}
 
 
 class Measured(NamedTuple):
-    """What came out of consecutive samples of a batch at one level; floats in the wide dtype.
+    """What came out of consecutive samples of a batch at one level.
 
     Attributes:
         level: Index of the level.
         samples: The samples.
-        moments: The pairs' moments. Shape ``(B, 7)``.
+        moments: The pairs' moments, in the wide dtype. Shape ``(B, 7)``.
         features: E, x (and y) that the moments are made of. Each of shape ``(2, B, d)``.
     """
 
@@ -68,7 +68,7 @@ class Measurement:
         self.l_method = l_method
         self.where = ""  # the levels and the batch at work, for error messages
         self.warned = False
-        self.jacobian_form = None if l_method == "stein" else JacobianForm(self._teacher)
+        self.jacobian_product = None if l_method == "stein" else JacobianProduct(self._teacher)
         self.ode_derivative = _ODE_DERIVATIVES.get(s_method)
         self.pieces = Pieces(batch_size)
 
@@ -79,7 +79,7 @@ class Measurement:
 
         Args:
             x_0: Clean samples. Shape ``(B, ...)``.
-            noise: Standard normal noise in the wide dtype. Shape of ``x_0``.
+            noise: Standard normal noise, in the dtype to compute in. Shape of ``x_0``.
             probes: Rademacher probes for both halves, or None. Shape ``(2, *x_0.shape)``.
             levels: The noise levels, on the CPU. Shape ``(K,)``.
             condition: Keyword arguments of the teacher; they follow the samples (`common`).
@@ -99,7 +99,7 @@ class Measurement:
             first += len(here)
 
     def _levels_per_call(self, num_samples: int) -> int:
-        if self.l_method != "stein":  # `JacobianForm` is checked once, most sharply on the noisiest level alone
+        if self.l_method != "stein":  # `JacobianProduct` is checked once, most sharply on the noisiest level alone
             return 1
         return max(1, self.pieces.size // (2 * num_samples))
 
@@ -107,9 +107,8 @@ class Measurement:
         self, x_0: Tensor, noise: Tensor, probes: Tensor | None, levels: Tensor, condition: Condition, samples: slice
     ) -> tuple[Tensor, list[Tensor]]:
         """Return moments and features of some samples at some levels. Shapes ``(K, B, 7)`` and ``(2, K, B, d)``."""
-        wide = wide_dtype(x_0.device)
         a = torch.from_numpy(reference(levels.numpy()))
-        t, a = (table.to(x_0.device, wide, non_blocking=True) for table in (levels, a))
+        t, a = (table.to(x_0.device, noise.dtype, non_blocking=True) for table in (levels, a))
         noise = noise[samples]
         # 1. Rows: every pair x_0 ± t n at every level, side by side, since the teacher takes samples of any level.
         x = _pairs(x_0[samples], noise, t)
@@ -137,15 +136,16 @@ class Measurement:
     def _ask(self, x: Tensor, t: Tensor, v: Tensor | None, condition: Condition) -> Answers:
         """Ask the teacher about the rows of one call."""
         trace = None
-        if self.jacobian_form is None:  # stein
+        if self.jacobian_product is None:  # stein
             D = self._teacher(x, t, **condition)
         elif v is not None:  # hutchinson: v J v has the mean tr J
-            D, trace = self.jacobian_form(x, t, v, condition)
+            D, product = self.jacobian_product(x, t, v, condition)
+            trace = regressed(product.flatten(1), v.flatten(1))[2]
         else:  # exact: the diagonal of J, element by element
             trace = torch.zeros(len(x), dtype=wide_dtype(x.device), device=x.device)
-            for unit in torch.eye(x[0].numel(), dtype=x.dtype, device=x.device):
-                D, element = self.jacobian_form(x, t, unit.reshape(x.shape[1:]).expand_as(x).clone(), condition)
-                trace += element
+            for i, unit in enumerate(torch.eye(x[0].numel(), dtype=x.dtype, device=x.device)):
+                D, product = self.jacobian_product(x, t, unit.reshape(x.shape[1:]).expand_as(x).clone(), condition)
+                trace += product.flatten(1)[:, i]
         D = D.clone()  # the teacher may reuse its output's memory
         y = None if self.ode_derivative is None else self.ode_derivative(self._teacher, x, t, D, condition)
         return Answers(D, y, trace)
@@ -175,18 +175,18 @@ class Measurement:
 def _pairs(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """Return the rows x_0 ± t n, over levels, then samples, then halves. Shape ``(K B 2, ...)``, dtype of ``x_0``.
 
-    They are added in the wide dtype and rounded once, so that x holds t n as well as its own dtype can.
+    x holds t n as well as its own dtype can: rounded once where the noise is wider, and else twice.
     """
     step = t.reshape(-1, *[1] * noise.ndim) * noise
     return torch.stack([x_0 + step, x_0 - step], 2).to(x_0.dtype).flatten(0, 2)
 
 
 def _inner_products(x: Tensor, noise: Tensor, t: Tensor, a: Tensor, answers: Answers) -> tuple[Tensor, list[Tensor]]:
-    """Return what the rows' answers are to the statistics, in the wide dtype.
+    """Return what the rows' answers are to the statistics.
 
     Args:
         x: The rows.
-        noise: The noise n. Shape ``(B, ...)``.
+        noise: The noise n, in the dtype to compute in, if the teacher's is not wider. Shape ``(B, ...)``.
         t: The levels. Shape ``(K,)``.
         a: The part of x in D that is left out of E, at each level. Shape ``(K,)``.
         answers: What the teacher said of the rows.
@@ -196,18 +196,19 @@ def _inner_products(x: Tensor, noise: Tensor, t: Tensor, a: Tensor, answers: Ans
     """
     K, B = len(t), len(noise)
     halves = [rows.reshape(K, B, 2, -1).movedim(2, 0) for rows in (answers.D, x, answers.y) if rows is not None]
-    D, x, *derivative = (rows.to(noise.dtype) for rows in halves)
+    D, x, *derivative = (rows.to(torch.promote_types(rows.dtype, noise.dtype)) for rows in halves)
     # E = D - a x, and its derivative along the ODE, on which dx/dlambda = D - x
     a = a[:, None, None]
-    features = [D - a * x, x, *(y - a * (D - x) for y in derivative)]
+    E = torch.addcmul(D, a, x, value=-1)
+    features = [E, x, *(torch.addcmul(y, a, D - x, value=-1) for y in derivative)]
     if answers.trace is None:  # stein: n.(D_+ - D_-) / 2t has the mean tr J, and n.n the mean d
-        n = noise.reshape(B, -1)
-        trace, norm = (n * (D[0] - D[1])).sum(-1) / (2 * t[:, None]), (n * n).sum(-1).expand(K, B)
+        *_, difference, norm = regressed(D[0] - D[1], noise.reshape(1, B, -1))
+        trace = difference / (2 * t[:, None])
     else:
         trace = answers.trace.reshape(K, B, 2).mean(-1)
         norm = torch.full_like(trace, D.shape[-1])
-    products = inner_products([feature.flatten(1, 2) for feature in features]).reshape(K, B, -1)
-    return torch.cat([trace[..., None], norm[..., None], products], -1), features
+    products = inner_products(features).mean(0)
+    return torch.cat([trace[..., None], norm.expand(K, B)[..., None], products], -1), features
 
 
 def where(levels: Sequence[float], first: int, batch: int) -> str:

@@ -30,11 +30,12 @@ class ElementSums:
         self.values: Tensor | None = None
 
     def add(self, level: int, features: Sequence[Tensor]) -> None:
-        """Add one level's features of some units; shapes as for `inner_products`, ``(2, B, d)`` each."""
+        """Add one level's features of some units, each of shape ``(2, B, d)``."""
         differences = [(feature[0] - feature[1]) / 2 for feature in features]
         means = [(feature[0] + feature[1]) / 2 for feature in features]
-        pairs = [(a, b) for a, b in PRODUCTS if b < len(features)]
-        parts = [(f[a] * f[b]).sum(0) for f in (differences, means) for a, b in pairs] + [m.sum(0) for m in means]
+        num = sum(b < len(features) for _, b in PRODUCTS)
+        products = [part for f in (differences, means) for part in inner_products(f, 0).unbind(-1)[:num]]
+        parts = products + [m.sum(0).to(products[0]) for m in means]
         if self.values is None:
             self.values = parts[0].new_zeros(self.num_levels, len(parts), len(parts[0]))
         elif self.values.device != parts[0].device:  # what was loaded from a file is on the CPU
@@ -81,7 +82,7 @@ class Centering:
         self._closing: list[tuple[int, Tensor]] = []  # level of sums over a group that are
 
     def add(self, level: int, first_unit: int, features: Sequence[Tensor]) -> None:
-        """Add one level's features of consecutive units; shapes as for `inner_products`."""
+        """Add one level's features of consecutive units, each of shape ``(2, B, d)`` in the wide dtype."""
         means = torch.stack([f.mean(0) for f in features])
         if self.whole is None:
             size = (2, len(self.open), len(features), means.shape[-1])
@@ -91,14 +92,14 @@ class Centering:
             before = self.open[level].get(group)  # what was loaded from a file is on the CPU
             self.open[level][group] = rows.sum(1) if before is None else before.to(rows) + rows.sum(1)
             # all pairs of a group are the square of its sum, from which the units with themselves go at once
-            self._arriving.append((group, level, -inner_products(list(rows[:, None])).sum(0)))
+            self._arriving.append((group, level, -inner_products(list(rows)).sum(0)))
             first_unit += rows.shape[1]
             if first_unit == group_range(group, self.num_units)[1]:
                 self._close(level, group)
 
     def _close(self, level: int, group: int) -> None:
         sums = self.open[level].pop(group)
-        self._arriving.append((group, level, inner_products(list(sums[:, None, None]))[0]))
+        self._arriving.append((group, level, inner_products(list(sums))))
         self._closing.append((level, sums))
 
     def fetch(self) -> None:

@@ -58,7 +58,8 @@ class FittedPreconditioning(Preconditioning):
         r"""Follow the teacher's trajectories, and regress.
 
         A trajectory starts from a data sample with noise, $x_0 + \sigma_{max} n$. With K levels it takes ``6 K - 5``
-        evaluations of the teacher: 235 by default, 481,280 in all, and ``16 K batch_size d`` bytes of memory.
+        evaluations of the teacher: 235 by default, 481,280 in all, and ``8 K batch_size d`` bytes of memory (16 where
+        the teacher or the data are float64).
 
         Args:
             denoiser: The teacher, in eval mode: called as ``denoiser(x, t, **condition)`` with ``x`` of shape

@@ -17,7 +17,6 @@ from .._checks import check_count, check_positive
 from .._conditions import Condition
 from .._files import sample_shape_of
 from .._modules import network_dtype
-from .._precision import wide_dtype
 from ..data.arguments import BatchConditions, check_request, device_of, levels_for, name_of, warn_if_training
 from ..data.memory import BatchSize, Pieces
 from ..data.sources import Batch, iterate_batches, pair_noise
@@ -28,15 +27,15 @@ _NUM_LEVELS = 40  # docs/method.md, section 10: c_out is then good to 7e-6
 
 
 class Points(NamedTuple):
-    """A batch's points at all levels, for whoever gets them to overwrite. Shapes ``(K, B, ...)``.
+    """A batch's points at all levels, for whoever gets them to overwrite. Shapes ``(K, B, ...)``, dtype of the start.
 
     Attributes:
         x: The states.
-        removed: What the teacher takes off them, x - D(x, t).
+        denoised: The teacher's outputs D(x, t).
     """
 
     x: Tensor
-    removed: Tensor
+    denoised: Tensor
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Trajectories:
             points = Points(*(piece.x.new_empty(len(grid), *piece.x.shape) for _ in range(2)))
             for k, point in enumerate(trajectory(self.denoiser, piece, grid)):
                 bar.update(len(piece.x) * (PASSES_PER_STEP if k else 1))
-                points.x[k], points.removed[k] = point
+                points.x[k], points.denoised[k] = point.x, point.denoised
             add(piece, points, partial(bar.update, len(piece.x)))
             return len(piece.x)
 
@@ -177,16 +176,18 @@ def fit_run(
     def starts() -> Iterator[Start]:
         """Yield the clean data with noise of their own, at the first level."""
         for batch in run.batches:  # once they are asked for: `hold` may come between
-            x_0, wide = batch.x, wide_dtype(batch.x.device)
+            x_0 = batch.x
             noise = pair_noise(seed, batch.first, len(x_0), x_0.shape[1:], probes=False)[0]
-            x = x_0.to(wide) + grid[0].item() * noise.to(x_0.device, wide)
-            yield Start(batch.first, x, torch.promote_types(x_0.dtype, torch.float32), conditions(batch))
+            x = torch.add(x_0.to(state), noise.to(x_0.device, state), alpha=grid[0].item())
+            yield Start(batch.first, x, own, conditions(batch))
 
     with torch.no_grad(), torch.random.fork_rng([place] if place is not None and place.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles
         batches = _same_shapes(iterate_batches(data, num_trajectories, pieces.size, seed), place)
         first = next(batches)
-        precision = network_dtype(denoiser, torch.promote_types(first.x.dtype, torch.float32))
+        own = torch.promote_types(first.x.dtype, torch.float32)
+        precision = network_dtype(denoiser, own)
+        state = torch.promote_types(own, precision)
         header = FitHeader(
             num_trajectories, seed, tuple(first.x.shape[1:]), str(precision).removeprefix("torch."), name
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._conditions import Condition
+from .._precision import wide_dtype
 from ..data.memory import BatchSize
 from ..preconditionings.base import Scalings
 from ..teachers.denoiser import Denoiser
@@ -117,7 +118,8 @@ class PerModePreconditioning(FittedPreconditioning):
         groups = tie_modes(variances, hidden)
         members = [(groups == g).nonzero()[:, 0].to(samples[0].device) for g in range(int(groups.max()) + 1)]
         blocks = min(_BLOCKS, trajectories.num)
-        moments = trajectory_moments(trajectories, blocks, members, lambda x: modes.to_modes(x).flatten(1))
+        wide = wide_dtype(samples[0].device)  # small modes stand beside large ones in a sample's rounding
+        moments = trajectory_moments(trajectories, blocks, members, lambda x: modes.to_modes(x.to(wide)).flatten(1))
         table = JumpTable.of(moments.levels, *regress_groups(moments, run.header.precision), torch.float32)
         header = replace(run.header, num_trajectories=int(moments.counts.sum()))
         return cls(table, header, run.sigma_data, modes.cpu(), groups)

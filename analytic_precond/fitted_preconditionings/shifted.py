@@ -84,7 +84,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
         r"""Follow the teacher's trajectories, ask it at all lower levels on the way, and regress.
 
         With K levels a trajectory takes ``6 K - 5 + K (K - 1) / 2`` evaluations of the teacher: 305 by default, 156,160
-        in all, and about ``16 K batch_size d`` bytes of memory.
+        in all, and about ``12 K batch_size d`` bytes of memory (24 where the teacher or the data are float64).
 
         Other arguments, and errors, are those of `LeastSquaresPreconditioning.fit`.
 

@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._precision import wide_dtype
 from ..noise_levels.network_scalings import input_scale
 from ..noise_levels.per_sample import expand_to
 from ..ode.steps import Velocity
 from ..ode.trajectories import Start
 from ..statistics.moments import Array, num_groups, reference
 from .follow import Points, Trajectories
+
+_PIECES = 16  # of a batch's points, which are multiplied in float64
 
 _zeros = partial(torch.zeros, dtype=torch.float64, device="cpu")
 
@@ -89,6 +92,10 @@ def trajectory_moments(
 
     Memory: the trajectories of one batch, ``2 K B d`` numbers, and the sums, ``2 N G K^2``, in float64.
 
+    The points are float32 where the teacher is: its rounding, not theirs, is what coefficients then err by (by 1e-4 of
+    c_out at small noise on images, and as much with points in float64). Their products are float64: a regression looks
+    for the little of E that is no multiple of x, which float32 matrix products, let alone TF32's, would drown.
+
     Args:
         trajectories: Those to follow.
         num_blocks: Number of blocks of consecutive trajectories; by default as many as statistics have groups.
@@ -100,16 +107,16 @@ def trajectory_moments(
     """
     levels, K, G = trajectories.levels, len(trajectories.levels), len(groups)
     N = num_groups(trajectories.num) if num_blocks is None else num_blocks
-    left = torch.from_numpy(1 - reference(levels.numpy()))
+    taken = reference(levels.numpy()).tolist()
     counts, sizes = _zeros(N), _zeros(G)
     sums = _zeros(N, G, K, K), _zeros(N, G, K, K), _zeros(N, G, K)
 
     def add(start: Start, points: Points, _: object) -> None:
-        # 1. the points' coordinates, and E = left x - (x - D), in place: of all that is held, these are the largest
+        # 1. E = D - a x, and the points' coordinates, in place: of all that is held, these are the largest
         x, E = (part.reshape(*part.shape[:2], -1) for part in points)
-        for k, share in enumerate(left.tolist()):
-            x[k], E[k] = to_modes(points.x[k]), to_modes(points.removed[k])
-            E[k].neg_().add_(x[k], alpha=share)
+        for k, a in enumerate(taken):
+            points.denoised[k].sub_(points.x[k], alpha=a)
+            x[k], E[k] = to_modes(points.x[k]), to_modes(points.denoised[k])
         _check_answers(torch.stack([part.isfinite().all() for part in E]), levels)
         sizes[:] = torch.tensor([x[0, 0, group].numel() for group in groups], device="cpu")
         # 2. their products, block by block (of consecutive trajectories) and group by group, where the points are
@@ -117,7 +124,8 @@ def trajectory_moments(
         blocks = torch.arange(start.first, start.first + x.shape[1], device="cpu") * N // trajectories.num
         for block, num in zip(*(part.tolist() for part in blocks.unique(return_counts=True)), strict=True):
             rows = slice(first, first + num)
-            products = [_products(*(v[:, rows][..., group].flatten(1) for v in (x, E))) for group in groups]
+            own = ([v[:, rows][..., group].flatten(1) for v in (x, E)] for group in groups)
+            products = [_products(*pair, pieces=-(-_PIECES // G)) for pair in own]
             found.append((block, num, [torch.stack(part).cpu() for part in zip(*products, strict=True)]))
             first += num
         # 3. the sums: all of the batch, since here memory no longer runs out
@@ -132,14 +140,23 @@ def trajectory_moments(
     return TrajectoryMoments(levels.numpy(), counts[filled].numpy(), sizes.numpy(), *products)
 
 
-def _products(x: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x @ x.T, E @ x.T, E.square().sum(1)
+def _products(x: Tensor, E: Tensor, *, pieces: int = _PIECES) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the products of points, and the squares of E, in the wide dtype: of some of their numbers at a time."""
+    wide = wide_dtype(x.device)
+    K, L = len(x), len(E)
+    xx, Ex, EE = (x.new_zeros(shape, dtype=wide) for shape in ((K, K), (L, K), (L,)))
+    for v, e in zip(x.chunk(pieces, 1), E.chunk(pieces, 1), strict=True):
+        v, e = v.to(wide), e.to(wide)
+        xx += v @ v.T
+        Ex += e @ v.T
+        EE += e.square().sum(1)
+    return xx, Ex, EE
 
 
 def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments:
     """Follow trajectories, ask the teacher at each of their points at all lower levels, and sum the products.
 
-    Memory: the trajectories of one batch, ``2 K B d`` numbers in float64.
+    Memory: the trajectories of one batch and the answers at one level, ``3 K B d`` numbers.
 
     Args:
         trajectories: Those to follow.
@@ -155,18 +172,18 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
 
     def add(start: Start, points: Points, count_pass: Callable[[], object]) -> None:
         velocity = Velocity.of(trajectories.denoiser, start.x.to(start.dtype), start.condition)
-        states = points.x.flatten(1)
-        Ex, EE = states.new_zeros(K, K, K), states.new_zeros(K, K)
-        for i, (x, removed) in enumerate(zip(*points, strict=True)):
+        states, E = points.x.flatten(1), torch.empty_like(points.x)
+        Ex, EE = (states.new_zeros(shape, dtype=wide_dtype(states.device)) for shape in ((K, K, K), (K, K)))
+        for i, (x, denoised) in enumerate(zip(*points, strict=True)):
             for k in range(i, K):
                 # the trajectory's own answer serves k = i; of the others only products are kept
-                answer = x - removed if k == i else _ask(velocity, x, grid[i], grid[k], sigma_data)
+                answer = denoised if k == i else _ask(velocity, x, grid[i], grid[k], sigma_data)
                 if k > i:
                     count_pass()
-                E = (answer - a[i] * x).flatten()
-                Ex[i, k], EE[i, k] = states @ E, E @ E
+                torch.sub(answer, x, alpha=a[i], out=E[k])
+            xx, Ex[i, i:], EE[i, i:] = _products(states, E[i:].flatten(1))
         _check_answers(EE.isfinite().all(1), levels)
-        products = [part.to("cpu", torch.float64) / start.x[0].numel() for part in (states @ states.T, Ex, EE)]
+        products = [part.to("cpu", torch.float64) / start.x[0].numel() for part in (xx, Ex, EE)]
         for total, part in zip(sums, products, strict=True):
             total += part
 
@@ -176,9 +193,9 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
 
 def _ask(velocity: Velocity, x: Tensor, t: float, q: float, sigma_data: float) -> Tensor:
     """Return the teacher's answer to data at level t when it is told level q."""
-    t_x, q_x = (torch.full((len(x),), level, dtype=x.dtype, device=x.device) for level in (t, q))
-    scaled = expand_to(input_scale(t_x, q_x, sigma_data), x) * x
-    return scaled - q * velocity(scaled, q_x)
+    t_x, q_x = (x.new_full((len(x),), level, dtype=wide_dtype(x.device)) for level in (t, q))
+    scaled = expand_to(input_scale(t_x, q_x, sigma_data), x).to(x.dtype) * x
+    return velocity.denoised(scaled, q_x)
 
 
 def _check_answers(finite: Tensor, levels: Tensor) -> None:

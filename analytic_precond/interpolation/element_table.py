@@ -127,7 +127,9 @@ class ElementTable(TableModule):
         # 2. l and ln L at t and s; h there and at Gauss's nodes of the pieces.
         cell = torch.stack([i, j])
         weights = local_weights(self.basis[cell], places / self.half_widths[cell] - 1)
-        l, ln_L = (self._values(function, cell, weights[:1])[0] for function in (0, 1))
+        asked = slice(0 if with_S else 1, 2)  # l at t goes with S
+        l = self._values(0, cell[asked], weights[:1, asked])[0]
+        ln_L = self._values(1, cell, weights[:1])[0]
         h = self._values(2, cell, weights)
 
         # 3. r: the pieces by Gauss's rule, and the whole cells between them from the running integral, all over
@@ -139,12 +141,12 @@ class ElementTable(TableModule):
         high, low = self.running[:, torch.stack([j, torch.minimum(i + 1, j)])]
         between = (high[0] - high[1]) + (low[0] - low[1])
 
-        ln_S = h[0] - ln_L
+        ln_S = h[0] - ln_L if with_S else None
         return PairIntegrals(
             l_t=l[0],
-            l_s=l[1],
+            l_s=l[-1],
             L_ratio=(ln_L[0] - ln_L[1]).exp(),
-            S_ratio=(ln_S[1] - ln_S[0]).exp() if with_S else None,
+            S_ratio=None if ln_S is None else (ln_S[1] - ln_S[0]).exp(),
             r=ends + between * (-at_s).exp(),
         )
 
@@ -153,7 +155,7 @@ class ElementTable(TableModule):
         control = self.control[function]
         value = weights[..., 0, None] * control[cell]
         for local in range(1, weights.shape[-1]):
-            value = value + weights[..., local, None] * control[cell + local]
+            value = torch.addcmul(value, weights[..., local, None], control[cell + local])
         return value
 
 

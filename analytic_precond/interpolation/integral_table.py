@@ -33,7 +33,7 @@ class PairIntegrals(NamedTuple):
     """What a jump from t to s is made of.
 
     Attributes:
-        l_t: Linear coefficient at t.
+        l_t: Linear coefficient at t, where S is asked for.
         l_s: Linear coefficient at s.
         L_ratio: L_t / L_s, in (0, 1] for l <= 1.
         S_ratio: S_s / S_t, if it was asked for.

@@ -131,10 +131,18 @@ class Velocity:
 
     def removed(self, x: Tensor, t: Tensor) -> Tensor:
         """Return x - D in x's dtype: t times the velocity."""
+        return x - self.denoised(x, t)
+
+    def denoised(self, x: Tensor, t: Tensor) -> Tensor:
+        """Return D in x's dtype."""
         own = (tensor.to(self.dtype, copy=True) for tensor in (x, t))  # the teacher may overwrite what it gets
         denoised = self.denoiser(*own, **plain(self.condition))
         check_answer(denoised, x, "teacher")
-        return x - denoised.to(x.dtype)
+        return denoised.to(x.dtype)
+
+    def state_dtype(self, x: Tensor) -> torch.dtype:
+        """Return what a state that starts at x is kept in: the wider of x's and the teacher's, float32 at least."""
+        return torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32)
 
 
 class Weights(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from full_size import FullSize
 from global_rng import global_rng_untouched
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -346,3 +347,41 @@ def test_gaps_of_zero_can_be_drawn(gaps: GapMap, tmp_path: Path) -> None:
     plot_gap_map(none).savefig(tmp_path / "figure.png", dpi=40)
     scale = plot_gap_map(some).axes[0].collections[0].norm
     assert scale.vmin == pytest.approx(1e-3 * scale.vmax)  # three decades
+
+
+VARIANCES = 0.25 * (torch.arange(1.0, 65.0) ** -1.5) / (torch.arange(1.0, 65.0) ** -1.5).mean()
+
+
+def float32_teacher(x: Tensor, t: Tensor) -> Tensor:
+    return x * (VARIANCES.to(x) / (VARIANCES.to(x) + t[:, None] ** 2))
+
+
+# errors of float32 outputs: 1e-7 of D over the gap, which is as small as the jump is short
+@pytest.mark.parametrize(
+    ("t", "s", "rtol"), [(80.0, 5.0, 2e-6), (80.0, 79.0, 2e-4), (1.0, 0.99, 2e-4), (0.004, 0.002, 5e-3)]
+)
+def test_a_float32_teacher_is_followed_as_well_as_it_answers(t: float, s: float, rtol: float) -> None:
+    noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    x_t = (VARIANCES + t**2).sqrt() * noise
+    with FullSize(x_t.numel()) as watched:
+        gap = consistency_gap(float32_teacher, CTM, x_t, t, s)
+    assert watched.share == 0  # it was 76 %
+    assert gap.start.dtype == torch.float64
+
+    x, c = x_t.double(), VARIANCES.double()
+    x_s = x * ((c + s**2) / (c + t**2)).sqrt()
+    required = (x_s - s / t * x) / (1 - s / t)
+    for got, said in zip(gap, (x * c / (c + t**2), x_s * c / (c + s**2)), strict=True):
+        torch.testing.assert_close(got, (required - said).square().mean(1).sqrt(), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("s", [79.9, 79.0, 5.0, 0.002])
+def test_a_required_output_in_float32_adds_no_rounding_to_that_of_the_data(s: float) -> None:
+    x_t = 80 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    x_s = CTM.jump(x_t, x_t.sin(), 80.0, s)
+    with FullSize(x_t.numel()) as watched:
+        required = CTM.required_output(x_t, x_s, 80.0, s)
+    assert watched.share == 0  # it was 85 %
+    wide = CTM.required_output(x_t.double(), x_s.double(), 80.0, s)
+    of_the_data = (wide - x_t.sin()).abs().max() + 1e-6  # by the rounding of x_s
+    assert (required - wide).abs().max() < of_the_data

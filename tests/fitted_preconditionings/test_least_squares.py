@@ -179,10 +179,9 @@ def test_ordinary_least_squares_on_stored_trajectories() -> None:
     precond = from_one_start(problem.denoiser, x_T, levels)
     states = list(trajectory(problem.denoiser, Start(0, x_T, torch.float64, {}), levels.tolist()))
     for i in range(11):
-        x, removed = states[i]
-        design = torch.cat([x, x - removed], 1).numpy()
+        design = torch.cat([states[i].x, states[i].denoised], 1).numpy()
         for j in range(i + 1, 12):
-            expected = np.linalg.lstsq(design, states[j][0][:, 0].numpy())[0]
+            expected = np.linalg.lstsq(design, states[j].x[:, 0].numpy())[0]
             got = [c.item() for c in precond(levels[i].item(), levels[j].item())]
             # the ridge: 1e-8 over D's own part of its square
             np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-7)
@@ -193,8 +192,8 @@ def test_trajectories_have_the_fifth_order() -> None:
     errors = []
     for num in (30, 60):
         levels = ap.log_noise_levels(num)
-        *_, (x, _) = trajectory(PROBLEM.denoiser, Start(0, x_T, torch.float64, {}), levels.tolist())
-        errors.append((x - PROBLEM.flow(x_T, 80.0, 0.002)).norm().item())
+        *_, last = trajectory(PROBLEM.denoiser, Start(0, x_T, torch.float64, {}), levels.tolist())
+        errors.append((last.x - PROBLEM.flow(x_T, 80.0, 0.002)).norm().item())
     assert 4.5 < math.log(errors[0] / errors[1]) / math.log(59 / 29) < 6.5
 
 

@@ -245,12 +245,12 @@ class TestRegression:
         states = list(trajectory(bent, Start(0, x_T, torch.float64, {}), self.levels.tolist()))
         near, pairs = 0, 0
         for i in range(10):
-            x, removed = (bent.basis.to_modes(v).flatten(1).numpy() for v in states[i])
+            x, denoised = (bent.basis.to_modes(v).flatten(1).numpy() for v in (states[i].x, states[i].denoised))
             for j in range(i + 1, 10):
-                target = bent.basis.to_modes(states[j][0]).flatten(1).numpy()
+                target = bent.basis.to_modes(states[j].x).flatten(1).numpy()
                 ratio = (self.levels[j] / self.levels[i]).item()
                 for k in range(6):
-                    D = x[:, k] - removed[:, k]
+                    D = denoised[:, k]
                     own = np.linalg.lstsq(np.stack([x[:, k], D], 1), target[:, k], rcond=None)[0][1] / (1 - ratio)
                     a, b = regression.a[k, i, j], regression.b[k, i, j]
                     low, high = sorted((max(own, 0.5), float(whole.a[0, i, j])))
