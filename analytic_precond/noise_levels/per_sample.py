@@ -85,13 +85,13 @@ def pair_of_levels(t: Tensor | float, s: Tensor | float, own: torch.device | Non
 
 def _check_kind(level: object, name: str) -> None:
     """Refuse what is neither a float nor a tensor of noise levels: an int is often an index."""
-    if isinstance(level, Integral):
-        raise TypeError(
-            f"{name} must be a noise level (float or floating-point tensor), got {level} ({type(level).__name__}): "
-            f"write 80.0 for a level of 80, or look an index up in a grid."
-        )
-    if not isinstance(level, float):
+    if isinstance(level, Tensor):
         check_level(level, name)
+    elif not isinstance(level, float):
+        got, advice = type(level).__name__, "pass a Python float, or convert it with torch.as_tensor."
+        if isinstance(level, Integral):
+            got, advice = f"{level} ({got})", "write 80.0 for a level of 80, or look an index up in a grid."
+        raise TypeError(f"{name} must be a noise level (float or floating-point tensor), got {got}: {advice}")
 
 
 def _valid(levels: Tensor, zero: bool) -> Tensor:
