@@ -154,19 +154,28 @@ def check_choice(value: object, known: Iterable[str], name: str) -> None:
 def check_callable(value: object, name: str, call: str) -> None:
     """Refuse what cannot be called."""
     if not callable(value):
-        raise TypeError(f"{name} must be callable as {call}, got {type(value).__name__}.")
+        raise TypeError(
+            f"{name} must be callable as {call}, got {type(value).__name__}: pass an nn.Module or a function."
+        )
 
 
 def check_answer(answer: object, x: Tensor, name: str) -> None:
     """Refuse what a network, teacher or student returned for ``x``, unless it is a tensor of that shape."""
-    if not isinstance(answer, Tensor) or not answer.is_floating_point():
-        got = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
+    if not isinstance(answer, Tensor):
+        got = type(answer).__name__
         raise TypeError(f"the {name} must return a floating-point tensor, got {got}: unwrap it in a function.")
-    if answer.shape != x.shape:
-        raise ValueError(
-            f"the {name} must return x's shape {tuple(x.shape)}, got {tuple(answer.shape)}: drop extra channels in a "
-            f"function around it (adapters of networks drop a learned variance with learned_variance=True)."
+    if not answer.is_floating_point():
+        raise TypeError(
+            f"the {name} must return a floating-point tensor, got {answer.dtype}: return floats, e.g. by .float()."
         )
+    if answer.shape != x.shape:
+        advice = "mend it in a function around it, e.g. drop extra channels."
+        if answer.ndim == x.ndim > 1 and answer.shape[1] == 2 * x.shape[1]:
+            advice = (
+                "drop the extra channels in a function around it; if they are a network's learned variance, make "
+                "its denoiser by denoiser_from_network(..., learned_variance=True)."
+            )
+        raise ValueError(f"the {name} must return x's shape {tuple(x.shape)}, got {tuple(answer.shape)}: {advice}")
 
 
 def warn_caller(message: str) -> None:

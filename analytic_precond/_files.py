@@ -76,7 +76,7 @@ def check_space(folder: Path, num_bytes: int = 0) -> None:
     A quota that the file system does not tell of goes unnoticed until a file is written.
 
     Raises:
-        OSError: If so.
+        OSError: If the folder refuses a file, or has fewer bytes left.
     """
     with tempfile.TemporaryFile(dir=folder):
         pass

@@ -59,7 +59,7 @@ def estimate(options: argparse.Namespace) -> int:
                 **settings,
             )
         except TypeError as error:
-            if takes(denoiser, 2):
+            if takes(denoiser, 2, alone=True):
                 raise
             raise TypeError(
                 f"TEACHER must return a denoiser that is callable as D(x, t), got {type(denoiser).__name__} ({error}): "

@@ -30,14 +30,20 @@ def denoising_loss(
 
     CTM adds it to its trajectory loss with the student's own denoiser, weighted by `adaptive_balance`.
 
-    The other arguments and the errors are those of `consistency_distillation_loss`.
+    Of the arguments of `consistency_distillation_loss` it takes ``x_0``, ``noise``, ``distance`` and ``sigma_data``.
+    Its own:
 
     - ``denoiser``: What is trained: ``student.denoise`` (``wrapper.module.denoise`` of a wrapped one), or a teacher.
     - ``t``: Noise levels, e.g. from `sample_lognormal_noise_levels`, positive. Shape ``(B,)``, or one for all.
-    - ``weighting``: One that rests on t alone; EDM's by default.
+    - ``weighting``: A name from ``WEIGHTINGS`` that rests on t alone, or a function; EDM's by default.
+    - ``condition``: Handed to the denoiser.
 
     Returns:
         The loss and its terms.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If shapes do not fit or (on the CPU) t is not positive or the loss not finite.
 
     Examples:
         >>> from torch import ones
@@ -56,7 +62,7 @@ _FLOOR, _LARGEST = 1e-4, 1e4
 
 
 def adaptive_balance(reference: Tensor, other: Tensor, parameter: Tensor) -> Tensor:
-    r"""Return the weight, without gradient, with which ``other`` pulls at a parameter as strongly as ``reference``.
+    r"""Return the weight with which ``other`` pulls at a parameter as strongly as ``reference`` does.
 
     $$w = \min\Big(\frac{\lVert \nabla_\phi\, reference \rVert}{\lVert \nabla_\phi\, other \rVert + 10^{-4}},
       10^4\Big)$$
@@ -68,6 +74,9 @@ def adaptive_balance(reference: Tensor, other: Tensor, parameter: Tensor) -> Ten
         reference: A scalar loss.
         other: The scalar loss to weigh.
         parameter: One parameter that both depend on.
+
+    Returns:
+        The weight, a scalar without gradient, on the losses' device.
 
     Raises:
         TypeError: If a loss is no tensor.

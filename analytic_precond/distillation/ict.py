@@ -27,11 +27,15 @@ def sample_ict_times(
     $$P(i) \propto \mathrm{erf}\Big(\frac{\ln t_i - mean}{\sqrt 2\, std}\Big)
       - \mathrm{erf}\Big(\frac{\ln t_{i + 1} - mean}{\sqrt 2\, std}\Big)$$
 
-    The arguments and the errors are those of `sample_jump_times`, for `ict_num_levels` levels of Karras's grid; and
-    those of `sample_lognormal_noise_levels`, for the law's ``mean`` and ``std``.
+    Of the arguments of `sample_jump_times` it takes ``batch``, ``levels`` (`ict_num_levels` of them on Karras's grid)
+    and ``generator``, of those of `sample_lognormal_noise_levels` the law's ``mean`` and ``std``.
 
     Returns:
         The times, with indices, in the levels' dtype and on their device.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a number is out of its range or (on the CPU) the levels do not decrease.
 
     Examples:
         >>> levels = torch.tensor([1000.0, 1.0, 0.999, 0.998])  # nearly all of the law N(3, 1) is in the first interval

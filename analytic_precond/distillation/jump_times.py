@@ -117,10 +117,14 @@ def sample_adjacent_times(batch: int, levels: Tensor, generator: torch.Generator
 
     $t = t_i$ with i uniform on $\{0, \dots, N - 2\}$, u the next level, s the last one.
 
-    The arguments and the errors are those of `sample_jump_times`.
+    Of the arguments of `sample_jump_times` it takes ``batch``, ``levels`` and ``generator``.
 
     Returns:
         The times, with indices, in the levels' dtype and on their device.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If ``batch`` is below 1 or (on the CPU) the levels do not decrease.
 
     Examples:
         >>> sample_adjacent_times(3, torch.tensor([2.0, 1.0])).u
@@ -256,7 +260,7 @@ def _below(bound: Tensor, uniform: Tensor) -> Tensor:
 
 
 def check_times(batch: object, levels: Tensor, generator: object) -> None:
-    """Refuse what no times on a grid are drawn of; levels are looked at on the CPU only, where that stalls nothing."""
+    """Refuse bad arguments of what draws times on a grid; levels are read on the CPU only, where nothing stalls."""
     check_count(batch, 1, "batch", "Pass len(x).")
     check_generator(generator)
     check_grid(levels)

@@ -119,11 +119,11 @@ class WeightedDistance:
     def __call__(self, estimate: Tensor, target: Tensor, **times: Tensor) -> Loss:
         """Return the mean over the batch; of the noise levels, shape ``(B,)``, there may be u and s beside t."""
         distances = self.distance(estimate, target)
-        _check_per_sample(distances, estimate, "distance")
+        _check_per_sample(distances, estimate, "distance", "average over the elements of each sample only")
         weighting = WEIGHTINGS[self.weighting] if isinstance(self.weighting, str) else self.weighting
         t = times["t"]
         weight = weighting(t, times.get("u", t), times.get("s", t), self.sigma_data)
-        _check_per_sample(weight, estimate, "weighting")
+        _check_per_sample(weight, estimate, "weighting", "compute it of t, whose shape it has")
         weight = weight.to(distances.dtype)
         # inductor cannot differentiate a product with ones that the graph itself made (torch 2.13)
         per_sample = distances if self.weighting == "uniform" else weight * distances
@@ -134,10 +134,9 @@ class WeightedDistance:
         return result
 
 
-def _check_per_sample(values: object, x: Tensor, name: str) -> None:
+def _check_per_sample(values: object, x: Tensor, name: str, advice: str) -> None:
     if not isinstance(values, Tensor) or values.shape != x.shape[:1]:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"the {name} must return one number per sample, shape {tuple(x.shape[:1])}, got {got}: average over the "
-            f"elements of each sample only."
+            f"the {name} must return one number per sample, shape {tuple(x.shape[:1])}, got {got}: {advice}."
         )

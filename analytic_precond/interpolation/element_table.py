@@ -18,7 +18,7 @@ from torch import Tensor
 from .._precision import TableModule
 from . import splines
 from .float32_integrals import gauss_mean, jump_pieces
-from .integral_table import PairIntegrals, fault, running_sum
+from .integral_table import PairIntegrals, running_sum, unfit_row
 from .spline_table import local_basis, local_weights, recentred
 from .splines import Array
 
@@ -79,12 +79,11 @@ class ElementTable(TableModule):
             l_at = splines.linear_coefficient(levels, l[some])
             ln_L = _running_integral(1 - l_at(nodes), lam)[0]
             h = ln_L + ln_S(some)(lam)
-            found = fault(lam, h, np.ptp(h, axis=1), np.abs(np.diff(h)), _MAX_STEP)
+            spans, changes = np.ptp(h, axis=1), np.abs(np.diff(h))
+            found = unfit_row(lam=lam, h=h, spans=spans, steps=changes, largest_step=_MAX_STEP)
             if found is not None:
                 element, what = found
-                raise ValueError(
-                    f"l and s must not let ln(L S) {what} in {element_name(start + element, shape)}: {advice}"
-                )
+                raise ValueError(f"l and s must not let {what} in {element_name(start + element, shape)}: {advice}")
             h_spline = splines.spline(grid, h - h.max(1, keepdims=True))
             control[..., some] = [splines.spline(grid, v).c for v in (l_at(lam), ln_L)] + [h_spline.c]
             sums = np.stack(_running_integral(np.exp(h_spline(nodes)), lam))

@@ -86,10 +86,11 @@ class IntegralTable(TableModule):
         ln_S_values = ln_S(lam)
         h = _values(ln_L, nodes) + ln_S_values
         spans = np.array([max(np.ptp(h), np.ptp(ln_L[:, -1]), np.ptp(ln_S_values))])  # of each, not of their sum alone
-        found = fault(lam.ravel(), h.reshape(1, -1), spans, np.ptp(h, axis=1)[None], _MAX_STEP)
+        steps = np.ptp(h, axis=1)[None]
+        found = unfit_row(lam=lam.ravel(), h=h.reshape(1, -1), spans=spans, steps=steps, largest_step=_MAX_STEP)
         if found is not None:
             raise ValueError(
-                f"l and s must not let ln(L S) {found[1]}: check sign and scale (s multiplies d lambda, with lambda = "
+                f"l and s must not let {found[1]}: check sign and scale (s multiplies d lambda, with lambda = "
                 f"-ln t; l is between 0 and 1)."
             )
         N = _integrate(np.exp(h - h.max()) @ to_coefficients, width)
@@ -176,23 +177,29 @@ class IntegralTable(TableModule):
         )
 
 
-def fault(lam: Array, h: Array, span: Array, step: Array, largest_step: float) -> tuple[int, str] | None:
-    """Return a row of h = ln(L S), ``(n, len(lam))``, that no table could hold, and what it does; None if all are well.
+def unfit_row(*, lam: Array, h: Array, spans: Array, steps: Array, largest_step: float) -> tuple[int, str] | None:
+    """Return the index of a row that no table could hold, and what it does; None if all are well.
 
-    Each row spans ``span``, ``(n,)``, and changes by ``step``, ``(n, cells)``, within equal cells.
+    Args:
+        lam: Places. Shape ``(k,)``.
+        h: ln(L S) there, a row for each pair of l and s. Shape ``(n, k)``.
+        spans: The largest of what each row's ln(L S), ln L and ln S span. Shape ``(n,)``.
+        steps: What each row's ln(L S) changes by within equal cells. Shape ``(n, cells)``.
+        largest_step: What it may.
     """
     fall = np.maximum.accumulate(h, axis=1) - h
     if not fall.max() <= _MAX_FALL:
         row, point = np.unravel_index(fall.argmax(), fall.shape)
         got = f"{fall[row, point]:.4g} down to t = {math.exp(-lam[point]):.6g}"
-        return int(row), f"fall by more than {_MAX_FALL:g} over the levels, got {got}"
-    if not span.max() <= _MAX_SPAN:
-        return int(span.argmax()), f"span more than {_MAX_SPAN:g} over the levels, got {span.max():.4g}"
-    if not step.max() <= largest_step:
-        row, cell = np.unravel_index(step.argmax(), step.shape)
-        width = (lam[-1] - lam[0]) / step.shape[1]
-        got = f"{step[row, cell]:.4g} at t = {math.exp(-lam[0] - width * cell):.6g}"
-        return int(row), f"change by more than {largest_step:g} within {width:.3g} in lambda, got {got}"
+        return int(row), f"ln(L S) fall by more than {_MAX_FALL:g} over the levels, got {got}"
+    if not spans.max() <= _MAX_SPAN:
+        what = f"ln(L S), ln L or ln S span more than {_MAX_SPAN:g} over the levels, got {spans.max():.4g}"
+        return int(spans.argmax()), what
+    if not steps.max() <= largest_step:
+        row, cell = np.unravel_index(steps.argmax(), steps.shape)
+        width = (lam[-1] - lam[0]) / steps.shape[1]
+        got = f"{steps[row, cell]:.4g} at t = {math.exp(-lam[0] - width * cell):.6g}"
+        return int(row), f"ln(L S) change by more than {largest_step:g} within {width:.3g} in lambda, got {got}"
     return None
 
 

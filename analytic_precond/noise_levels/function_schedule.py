@@ -157,15 +157,19 @@ class FunctionSchedule(Schedule):
         """Refuse functions whose level at the times found is another, or falls between, as far as rounding tells."""
         readable = log_levels.abs() < 12  # 6e-6 to 160,000
         nodes, known = self._nodes.table[readable], log_levels[readable]
+        inside = nodes.diff().isfinite()  # there is nothing to look at between a node and infinity
         inner = [nodes[:-1] + share * nodes.diff() for share in (0.25, 0.5, 0.75)]
-        for times, low, high in ((nodes, known, known), *((time, known[:-1], known[1:]) for time in inner)):
+        between = [(times[inside], known[:-1][inside], known[1:][inside]) for times in inner]
+        for times, low, high in ((nodes, known, known), *between):
             found = self._log_level(times)
-            wrong = times.isfinite() & ~((found > low - 1e-3) & (found < high + 1e-3))
+            wrong = ~((found > low - 1e-3) & (found < high + 1e-3))
             if bool(wrong.any()):
-                time, got, above, below = (v[wrong][0].item() for v in (times, found.exp(), low.exp(), high.exp()))
+                time, got, least, most = (v[wrong][0].item() for v in (times, found.exp(), low.exp(), high.exp()))
+                at_node = least == most
                 raise ValueError(
                     f"the noise level must rise continuously from data to noise, got {got:g} at time {time:g}, where "
-                    f"{above:g} to {below:g} is passed: interpolate tables, and restrict times to where it rises."
+                    f"it should be {f'{least:g}' if at_node else f'between {least:g} and {most:g}'}: "
+                    f"{'interpolate tables, and ' if at_node else ''}restrict times to where it rises."
                 )
 
     def _steps_needed(self, log_levels: Tensor) -> int:

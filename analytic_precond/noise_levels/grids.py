@@ -49,7 +49,8 @@ def karras_noise_levels(num: int, sigma_min: float = 0.002, sigma_max: float = 8
 def log_noise_levels(num: int = 120, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
     r"""Return noise levels uniform in $\lambda = -\ln t$, the variable in which the coefficients are smooth.
 
-    The arguments, the result and the errors are those of `karras_noise_levels`; the paper uses 120 levels.
+    Of the arguments of `karras_noise_levels` it takes ``num``, 120 in the paper, ``sigma_min`` and ``sigma_max``; the
+    result and the errors are as there.
 
     Examples:
         >>> log_noise_levels(3, sigma_min=0.01, sigma_max=1.0).tolist()

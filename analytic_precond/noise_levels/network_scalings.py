@@ -3,6 +3,10 @@ r"""What a raw network is given at a noise level: EDM's scalings, which make a d
 What it is told are functions $t \mapsto c_{noise}$, elementwise on a tensor of levels. They are computed in the levels'
 own dtype, as the published codes do, and returned so. Half precision is refused: it cannot tell neighbouring levels
 apart, and neither can a network to which the result is cast before its embedding.
+
+Examples:
+    >>> {name: round(c_noise(torch.tensor(80.0)).item(), 4) for name, c_noise in NOISE_CONDITIONINGS.items()}
+    {'edm': 1.0955, 'cm': 1095.5067, 'raw': 80.0, 'trigflow': 1.5645}
 """
 
 from __future__ import annotations
@@ -106,9 +110,4 @@ def trigflow_c_noise(t: Tensor, sigma_data: float = 0.5) -> Tensor:
 NOISE_CONDITIONINGS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"edm": edm_c_noise, "cm": cm_c_noise, "raw": raw_c_noise, "trigflow": trigflow_c_noise}
 )
-"""The functions by name. The student's ``noise_conditioning`` takes any of them, or any other.
-
-Examples:
-    >>> {name: round(c_noise(torch.tensor(80.0)).item(), 4) for name, c_noise in NOISE_CONDITIONINGS.items()}
-    {'edm': 1.0955, 'cm': 1095.5067, 'raw': 80.0, 'trigflow': 1.5645}
-"""
+"""The functions by name. The student's ``noise_conditioning`` takes any of them, or any other."""

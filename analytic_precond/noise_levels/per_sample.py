@@ -6,6 +6,8 @@ at the values; `per_sample` looks at them too, for callers that have no range of
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -86,10 +88,10 @@ def _check_kind(level: object, name: str) -> None:
     if isinstance(level, Tensor):
         check_level(level, name)
     elif not isinstance(level, float):
-        raise TypeError(
-            f"{name} must be a noise level (float or floating-point tensor), got {level!r} ({type(level).__name__}): "
-            f"write 80.0 for a level of 80, or look an index up in a grid."
-        )
+        got, advice = type(level).__name__, "pass a Python float, or convert it with torch.as_tensor."
+        if isinstance(level, Integral):
+            got, advice = f"{level} ({got})", "write 80.0 for a level of 80, or look an index up in a grid."
+        raise TypeError(f"{name} must be a noise level (float or floating-point tensor), got {got}: {advice}")
 
 
 def _valid(levels: Tensor, zero: bool) -> Tensor:

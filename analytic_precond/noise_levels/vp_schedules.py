@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -178,8 +179,10 @@ class VPDiscreteSchedule(_VariancePreserving):
     alphas_cumprod: Tensor
     quantize: bool = False
     timesteps: Tensor | None = None
-    _table: TableOnDevices = field(init=False, repr=False)  # ln t and the times
-    _times: TableOnDevices = field(init=False, repr=False)  # in their own dtype
+
+    if TYPE_CHECKING:  # else they would be fields of the dataclass
+        _table: TableOnDevices = field(init=False)  # ln t and the times
+        _times: TableOnDevices = field(init=False)  # in their own dtype
 
     def __post_init__(self) -> None:
         """Refuse what is out of range."""

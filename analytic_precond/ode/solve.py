@@ -165,8 +165,9 @@ def heun_solve_between(
 
     The teacher is called twice per step of the longest way, and evaluates ``2 * num_steps.sum()`` samples in all.
 
-    The other arguments and the errors are those of `heun_solve`.
+    Of the arguments of `heun_solve` it takes ``denoiser``, ``dtype`` and ``condition``. Its own:
 
+    - ``x``: Noisy data at levels ``t``. Shape ``(B, ...)``.
     - ``t``, ``u``: Noise levels to start from and to reach, $t \ge u > 0$. Shape ``(B,)``, or one for all. Off the CPU,
       levels out of range give NaN instead of an error.
     - ``num_steps``: Steps for each sample, at least 1; also where u = t, which changes nothing. Integers of shape
@@ -177,7 +178,9 @@ def heun_solve_between(
         The data at levels ``u``. Shape of ``x``.
 
     Raises:
-        ValueError: If ``u`` is above ``t``.
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit, a level is out of range, ``u`` is above ``t``, or a number of steps is
+            below 1.
 
     Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0: x / t stays what it is

@@ -34,7 +34,14 @@ def probability_flow_velocity(denoiser: Denoiser, x: Tensor, t: Tensor | float, 
 
     (Karras et al. 2022, equations 1 and 3 with $\sigma(t) = t$.)
 
-    The arguments, what they may be and the errors are those of `euler_step`. Shape and dtype of ``x``.
+    Of the arguments of `euler_step` it takes all but ``s``.
+
+    Returns:
+        The velocity. Shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If a shape does not fit or a level is not positive.
 
     Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0

@@ -95,7 +95,14 @@ def draw_noise(
 
 
 def noise_source(x: Tensor, count: int, generator: Generators, noise: Tensor | None) -> Callable[[int], Tensor]:
-    """Return what gives a sampler its draws by number, like ``x``: of generators, untouched before, or of ``noise``."""
+    """Return the function from a number, below ``count``, to a sampler's draw of that number, shaped like ``x``.
+
+    It draws with the generators, untouched before its first call, or looks the draw up in ``noise``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If both are given, or there are not as many draws or generators as are needed.
+    """
     if noise is None:
         _check_generators(generator, len(x))
         own = cache(lambda: _spread(generator, len(x), x.device))  # seeded at the first draw

@@ -146,15 +146,19 @@ def sample_gamma(
     as in sony/ctm; the paper's $s_i = \sqrt{1 - \gamma^2}\, t_{i+1}$ falls below ``sigma_min`` at the end. $\gamma = 0$
     is deterministic, 1 is `sample_multistep`.
 
-    The other arguments and the errors are those of `sample_multistep`, but that there are at least two levels, of which
-    the last is reached: end with ``sigma_min`` or 0, which stands for it. Whatever $\gamma$, ``noise`` holds one draw
-    for each level after the first and above ``sigma_min``.
+    Of the arguments of `sample_multistep` it takes all but ``subtract_sigma_min``, with these differences:
+
+    - ``student``: One that jumps to any level.
+    - ``levels``: At least two, of which the last is reached: end with ``sigma_min`` or 0, which stands for it.
+    - ``gamma``: How much noise is new, from 0 to 1.
+    - ``noise``: One draw for each level after the first and above ``sigma_min``, whatever $\gamma$.
 
     Returns:
         The data at the last level. Shape and dtype of ``x``.
 
     Raises:
-        ValueError: If ``gamma`` is not from 0 to 1.
+        TypeError: If an argument has the wrong type.
+        ValueError: If levels, gamma, generators or noise do not fit.
 
     Examples:
         >>> student = lambda x, t, s: (s / t)[:, None] * x  # exact for data that are all 0
@@ -188,10 +192,14 @@ def sample_deterministic(
 ) -> Tensor:
     r"""Jump from level to level, $x_{i+1} = G(x_i, t_i, t_{i+1})$, without new noise.
 
-    The arguments and the errors are those of `sample_gamma`, which this is with $\gamma = 0$.
+    It is `sample_gamma` with $\gamma = 0$, and takes of its arguments all but ``gamma``, ``generator`` and ``noise``.
 
     Returns:
         The data at the last level. Shape and dtype of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If levels do not fit.
 
     Examples:
         >>> student = lambda x, t, s: (s / t)[:, None] * x  # exact for data that are all 0

@@ -37,6 +37,8 @@ class Student(NetworkWrapper):
     target_time: str | None
     """The keyword under which a denoiser is told the target; None where it takes the level itself, if it has one."""
 
+    _network_takes: str  # what a raw network is called with, for messages
+
     def __init__(
         self,
         network: Callable[..., Tensor],
@@ -49,7 +51,7 @@ class Student(NetworkWrapper):
                 f"network must be a raw network, got {type(network).__name__}, which is a denoiser already: write "
                 f"{type(self).__name__}.from_denoiser(denoiser, precond)."
             )
-        self._build(network, precond, "network")
+        self._build(network, precond, "network", self._network_takes)
         if noise_conditioning is not None and not callable(noise_conditioning):
             raise TypeError(
                 f"noise_conditioning must be a function of the noise level, got {noise_conditioning!r}: for example "
@@ -63,9 +65,9 @@ class Student(NetworkWrapper):
         self.edm = EDMPreconditioning(sigma_data)
         self.noise_conditioning = noise_conditioning
 
-    def _build(self, network: Callable[..., Tensor], precond: Preconditioning, name: str) -> None:
+    def _build(self, network: Callable[..., Tensor], precond: Preconditioning, name: str, arguments: str) -> None:
         """Set what all students have; by itself, they are around a denoiser."""
-        check_callable(network, name, f"{name}(x, t)")
+        check_callable(network, name, f"{name}({arguments})")
         if isinstance(network, Student):
             raise TypeError(
                 f"{name} must not be a student, which jumps, got {type(network).__name__}: pass its denoise."
@@ -88,7 +90,10 @@ class Student(NetworkWrapper):
 
     @property
     def default_range(self) -> tuple[float, float]:
-        """The cleanest and the noisiest level where none are given: what the two are made for and know."""
+        """The cleanest and the noisiest level where none are given.
+
+        Those that the preconditioning was made for and, where the student is around a denoiser, the denoiser knows.
+        """
         low, high = self.precond.default_range
         known = getattr(self.network, "noise_range", None) if self.edm is None else None
         return (low, high) if known is None else (max(low, known[0]), min(high, known[1]))
@@ -98,7 +103,11 @@ class Student(NetworkWrapper):
         return self.precond.fault(t, s)
 
     def scalings(self, t: Tensor) -> DenoiserScalings:
-        """Return what makes the denoiser of the raw network at noise levels ``t``, in their dtype or a wider one."""
+        """Return what makes the denoiser of the raw network at noise levels ``t``, in their dtype or a wider one.
+
+        Raises:
+            TypeError: If the student is around a denoiser that does not say.
+        """
         if self.edm is None:
             inner = getattr(self.network, "scalings", None)
             if inner is None:
@@ -142,10 +151,11 @@ class Student(NetworkWrapper):
         return output
 
 
-def takes(function: object, positional: int) -> bool:
-    """Whether a function or a module may be called with so many positional arguments, as far as it says."""
+def takes(function: object, positional: int, *, alone: bool = False) -> bool:
+    """Whether a function or a module, as far as it says, takes so many positional arguments; ``alone``: no others."""
     try:
-        inspect.signature(getattr(function, "forward", function)).bind_partial(*[None] * positional)  # type: ignore[arg-type]
+        signature = inspect.signature(getattr(function, "forward", function))  # type: ignore[arg-type]
+        (signature.bind if alone else signature.bind_partial)(*[None] * positional)
     except TypeError:
         return False
     except ValueError:  # has no signature

@@ -5,7 +5,6 @@ Around a raw network, in EDM's scalings, or around any denoiser: what they share
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +40,8 @@ class ConsistencyTrajectoryModel(Student):
         tensor([[0.7500, 0.7500]])
     """
 
+    _network_takes = "c_in * x, c_noise_t, c_noise_s"
+
     @classmethod
     def from_denoiser(
         cls, denoiser: Callable[..., Tensor], precond: Preconditioning, target_time: str | None = None
@@ -73,7 +74,7 @@ class ConsistencyTrajectoryModel(Student):
             tensor([[0.7500, 0.7500]])
         """
         student = cls.__new__(cls)
-        student._build(denoiser, precond, "denoiser")
+        student._build(denoiser, precond, "denoiser", "x, t, s" if target_time is None else f"x, t, {target_time}=...")
         if target_time is None and not takes(denoiser, 3):
             raise TypeError(
                 f"the denoiser must take a second noise level, as denoiser(x, t, s), got {type(denoiser).__name__}, "
@@ -140,6 +141,8 @@ class ConsistencyModel(Student):
         tensor([[0.6250, 0.6250]])
     """
 
+    _network_takes = "c_in * x, c_noise_t"
+
     def __init__(
         self,
         network: Callable[..., Tensor],
@@ -179,7 +182,7 @@ class ConsistencyModel(Student):
             tensor([[4.2500]])
         """
         student = cls.__new__(cls)
-        student._build(denoiser, precond, "denoiser")
+        student._build(denoiser, precond, "denoiser", "x, t")
         student._reach(sigma_min)
         return student
 
@@ -194,10 +197,15 @@ class ConsistencyModel(Student):
         return self.sigma_min, super().default_range[1]
 
     def forward(self, x_t: Tensor, t: Tensor | float, s: Tensor | float | None = None, **condition: Any) -> Tensor:
-        """Return the jump from ``t`` to ``sigma_min``, in one call of the network: as `ConsistencyTrajectoryModel`.
+        """Return the jump from ``t`` to ``sigma_min`` in one call of the network. Shape and dtype of ``x_t``.
 
-        ``s`` may be left out, or must be ``sigma_min``, to float32 rounding: losses and samplers call all students
-        alike. As in `Preconditioning`, other levels give NaN where looking at them would stall the device.
+        Of the arguments of `ConsistencyTrajectoryModel.forward` it takes ``x_t``, ``t`` and ``condition``. ``s`` may be
+        left out, or must be ``sigma_min``, to float32 rounding: losses and samplers call all students alike.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If ``s`` is another level, or ``t`` below it. As in `Preconditioning`, such levels give NaN
+                instead where looking at them would stall the device.
         """
         t = one_per_sample(t, x_t)
         # in t's dtype: a level that is sigma_min but for rounding is the boundary
@@ -214,15 +222,20 @@ class ConsistencyModel(Student):
         s = one_per_sample(s, x, "s")
         reached = (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
         if all_true(reached) is False:
-            raise ValueError(self.fault(math.inf, s[~reached][0].item()))
+            raise ValueError(
+                f"s must be {self._only_level(s[~reached][0].item())}: leave s out, or take a "
+                f"ConsistencyTrajectoryModel."
+            )
         return torch.where(reached, s, torch.nan)
 
     def fault(self, t: float, s: float) -> str | None:
-        """Return what is wrong with a jump from t to s, first of all that it ends elsewhere, or None."""
+        """Return what is wrong with a sampler's jump from t to s, first of all that it ends elsewhere, or None."""
         if abs(s - self.sigma_min) <= ROUNDING * self.sigma_min:
             return super().fault(t, s)
         return (
-            f"s must be sigma_min = {self.sigma_min:g}, the only level that a ConsistencyModel jumps to, got {s:.9g}: "
-            f"leave s out, sample by sample_one_step or sample_multistep with sigma_min={self.sigma_min:g}, or take a "
-            f"ConsistencyTrajectoryModel."
+            f"jumps must end at {self._only_level(s)}: call sample_one_step or sample_multistep with "
+            f"sigma_min={self.sigma_min:g}, or take a ConsistencyTrajectoryModel."
         )
+
+    def _only_level(self, got: float) -> str:
+        return f"sigma_min = {self.sigma_min:g}, the only level that a ConsistencyModel jumps to, got {got:.9g}"

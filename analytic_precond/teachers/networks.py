@@ -194,7 +194,14 @@ def denoiser_from_edm(
     autocast, their output comes back in ``x``'s dtype, and labels for an unconditional one (``label_dim`` 0) are an
     error.
 
-    The arguments and the errors are those of `denoiser_from_network`; e.g. ``class_labels`` are such a condition.
+    Args:
+        network: The network, in eval mode.
+        dtype: What the network is called in. Default: its own, float32 at least.
+        **condition: Conditions of one sample, for all, e.g. ``class_labels`` (see `common`); those of a call come on
+            top.
+
+    Raises:
+        TypeError: If ``network`` is not callable.
 
     Examples:
         >>> denoiser = denoiser_from_edm(lambda x, sigma, class_labels=None: x / (1 + sigma.reshape(-1, 1) ** 2))

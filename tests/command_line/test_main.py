@@ -63,6 +63,21 @@ class Forgetful(torch.nn.Module):
     def forward(self, x):
         return x
 
+def with_label():
+    return lambda x, t, y: 0 * x
+
+def with_keyword():
+    def denoiser(x, t, *, y):
+        return 0 * x
+    return denoiser
+
+def with_label_in_a_module():
+    return Labelled()
+
+class Labelled(torch.nn.Module):
+    def forward(self, x, t, y):
+        return 0 * x
+
 def three():
     return 1, 2, 3
 
@@ -277,6 +292,17 @@ def test_an_interruption_without_a_checkpoint_says_so(capsys: pytest.CaptureFixt
         (
             ["teachers:without_level", "--data", "teachers:data"],
             r"TEACHER must return a denoiser that is callable as D\(x, t\), got Forgetful \(.* positional .*\): wrap",
+        ),
+        *(
+            (
+                [f"teachers:{teacher}", "--data", "teachers:data"],
+                rf"TEACHER must return a denoiser that is callable as D\(x, t\), got {kind} \(.*missing.*'y'\): wrap",
+            )
+            for teacher, kind in (
+                ("with_label", "function"),
+                ("with_keyword", "function"),
+                ("with_label_in_a_module", "Labelled"),
+            )
         ),
         (["teachers:with_argument"], r"without arguments, .*got teachers:with_argument \(missing .*'x'\)"),
         (

@@ -608,11 +608,13 @@ def test_bad_options_are_refused() -> None:
         call(num_steps=3)
     with pytest.raises(TypeError, match="must be callable as student"):
         call(inner=3)
-    with pytest.raises(ValueError, match=r"one number per sample, shape \(64,\), got \(64, 4\)"):
+    with pytest.raises(ValueError, match=r"sample, shape \(64,\), got \(64, 4\): average over"):
         call(distance=lambda x, y: (x - y) ** 2)
     with pytest.raises(ValueError, match=r"one number per sample, shape \(64,\), got float"):
         call(distance=lambda x, y: 0.0)
-    with pytest.raises(ValueError, match=r"weighting must return one number per sample, .* got \(64, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"weighting must return one number per sample, .* got \(64, 1\): compute it of t"
+    ):
         call(weighting=lambda t, u, s, sigma_data: t[:, None])  # would pair every weight with every sample
     with pytest.raises(ValueError, match=r"weighting must return one number per sample, .* got float"):
         call(weighting=lambda t, u, s, sigma_data: 1.0)

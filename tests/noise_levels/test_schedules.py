@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -319,6 +321,35 @@ def test_functions_that_fall_on_the_way_are_refused() -> None:
         FunctionSchedule(lambda u: 1.0, lambda u: 1 + u + 0.5 * torch.sin(12 * u), times=(0, 1))
 
 
+@pytest.mark.parametrize(
+    ("sigma", "times", "message"),
+    [
+        (
+            lambda u: torch.where(u.isinf(), 80.0, u / (1 + u)),
+            (0, math.inf),
+            r"got 80 at time inf, .* be 1\.\d+: interp",
+        ),
+        (
+            lambda u: torch.where(u < 0.5, u, u + 5),
+            (0, 1),
+            r"got 5\.5 at time 0\.5, .* be 0\.50\d+: interpolate tables",
+        ),
+        (
+            lambda u: torch.where((u > 0.5) & (u < 0.6), math.nan, u),
+            (0, 1),
+            r"got nan at time 0\.5, .* be 0\.50\d+: int",
+        ),
+        (lambda u: u + 0.2 * torch.sin(12 * u), (0, 1), r"it should be between 0\.2\d+ and 0\.2\d+: restrict times"),
+    ],
+)
+def test_functions_that_jump_are_refused(
+    sigma: Callable[[Tensor], Tensor], times: tuple[float, float], message: str
+) -> None:
+    """Also at infinity, beside which there is no point to look at."""
+    with pytest.raises(ValueError, match=message):
+        FunctionSchedule(lambda u: 1.0, sigma, times)
+
+
 def test_schedules_that_hold_more_than_numbers_are_equal_to_themselves_only() -> None:
     tables = [VPDiscreteSchedule(torch.tensor(values)) for values in ([0.9, 0.5], [0.8, 0.1])]
     functions = [FunctionSchedule(lambda u: 1 - u, lambda u: u, times=(0, 1)) for _ in range(2)]
@@ -332,3 +363,8 @@ def test_schedules_that_hold_more_than_numbers_are_equal_to_themselves_only() ->
 def test_timesteps_in_the_place_of_quantize_are_refused() -> None:
     with pytest.raises(TypeError, match=r"quantize must be True or False, got Tensor: .* timesteps="):
         VPDiscreteSchedule(torch.tensor([0.9, 0.5]), torch.arange(2))  # type: ignore[arg-type]
+
+
+def test_a_tables_fields_are_its_arguments() -> None:
+    names = {field.name for field in dataclasses.fields(VPDiscreteSchedule)}
+    assert names == set(inspect.signature(VPDiscreteSchedule).parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -358,6 +359,10 @@ class TestBadInput:
         self.refused(lambda D: step(D, x, 1.0, math.nan), ValueError, "s must be finite and at least 0, got nan")
         self.refused(lambda D: step(D, x, 1.0, -0.1), ValueError, "s must be finite and at least 0, got -0.1")
         self.refused(lambda D: step(D, x, 2, 1.0), TypeError, r"t must be a noise level .* got 2 \(int\): write 80\.0")
+        self.refused(lambda D: step(D, x, np.int64(2), 1.0), TypeError, r"got 2 \(int64\): write 80\.0")
+        for level in (np.ones(2, np.float32), [1.0] * 2000, np.float32(2)):
+            message = rf"got {type(level).__name__}: pass a Python float, or convert it with torch\.as_tensor"
+            self.refused(partial(step, x=x, t=level, s=0.5), TypeError, message)
         self.refused(lambda D: step(D, x, 2.0, torch.tensor([1, 0])), TypeError, "s must be a floating-point tensor")
         self.refused(lambda D: step(D, x, f64(3, 2, 1), 1.0), ValueError, r"t must hold one noise level per sample")
         self.refused(lambda D: step(D, x, f64(3, 2, 1)[None], 1.0), ValueError, r"one noise level per sample, got")
@@ -398,12 +403,20 @@ class TestBadInput:
         self.refused(lambda D: solve_ode(D, x, levels, dtype="float64"), TypeError, "dtype must be a floating-point")
 
     def test_teachers(self) -> None:
-        with pytest.raises(ValueError, match=r"the teacher must return x's shape \(2, 3\), got \(2, 6\)"):
+        message = (
+            r"the teacher must return x's shape \(2, 3\), got \(2, 6\): .* denoiser_from_network\(\.\.\., learned_var"
+        )
+        with pytest.raises(ValueError, match=message):
             heun_step(lambda x, t: torch.cat([x, x], 1), self.x, 2.0, 1.0)
+        with pytest.raises(ValueError, match=r"got \(2, 2\): mend it in a function around it(?!.*learned)"):
+            heun_step(lambda x, t: x[:, 1:], self.x, 2.0, 1.0)
         with pytest.raises(TypeError, match="the teacher must return a floating-point tensor, got tuple"):
             heun_step(lambda x, t: (x,), self.x, 2.0, 1.0)
-        with pytest.raises(TypeError, match=r"the teacher must return a floating-point tensor, got torch\.int64"):
-            heun_step(lambda x, t: x.long(), self.x, 2.0, 1.0)
+        for dtype in (torch.int64, torch.bool, torch.complex64):
+            with pytest.raises(
+                TypeError, match=rf"a floating-point tensor, got {dtype}: return floats, e\.g\. by \.float"
+            ):
+                heun_step(lambda x, t, dtype=dtype: x.to(dtype), self.x, 2.0, 1.0)  # type: ignore[misc]
 
 
 @pytest.mark.gpu

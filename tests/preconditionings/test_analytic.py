@@ -197,8 +197,9 @@ def test_any_table_gives_finite_coefficients_with_the_boundary(
 
 def test_coefficients_that_overflow_are_refused_for_what_they_are() -> None:
     levels = ap.log_noise_levels(20)
-    with pytest.raises(ValueError, match=r"span more than 600 over the levels, got 1\d{3}"):
-        ap.AnalyticPreconditioning.from_coefficients(levels, 0 * levels, 0 * levels + 100.0)
+    for l, s in ((0, 100.0), (-99, -100.0)):  # of the latter ln(L S) is flat
+        with pytest.raises(ValueError, match=r"ln\(L S\), ln L or ln S span more than 600 over the levels, got 1\d{3}"):
+            ap.AnalyticPreconditioning.from_coefficients(levels, 0 * levels + l, 0 * levels + s)
 
 
 def test_tables_written_in_place_or_exchanged_are_the_ones_used() -> None:

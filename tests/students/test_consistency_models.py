@@ -210,6 +210,10 @@ def test_consistency_model_takes_the_target_that_it_has(precond: ap.Precondition
     for other in (s.clone().index_fill_(0, torch.tensor(2), 0.003), 0.0, t):
         with pytest.raises(ValueError, match=r"s must be sigma_min = 0\.002, .* got .*: leave s out"):
             model(x, t, other)
+    # to rounding sigma_min in float64, not in float32, which the level is in
+    near, beside = ap.ConsistencyModel(model.network, precond, sigma_min=0.0292), torch.full((4,), 0.02919997088611126)
+    with pytest.raises(ValueError, match=r"s must be sigma_min = 0\.0292, .* got 0\.0291999709: leave s out"):
+        near(x, t, beside)
     with pytest.raises(TypeError, match=r"got 1 \(int\): write 80\.0"):
         model(x, t, 1)
     with pytest.raises(ValueError, match=r"one noise level per sample"):
