@@ -22,7 +22,7 @@ from .._precision import wide_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
 from ..ode.steps import Velocity, widen
 from ..ode.trajectories import Point, solution
-from ..preconditionings.base import Preconditioning
+from ..preconditionings.base import Preconditioning, Scalings
 from ..teachers.denoiser import Denoiser
 
 
@@ -206,12 +206,26 @@ def teacher_trajectory(velocity: Velocity, x: Tensor, levels: Sequence[Tensor], 
 
 def _gaps(velocity: Velocity, precond: Preconditioning, start: Point, end: Point) -> tuple[Tensor, Tensor]:
     """Return what a jump from a trajectory's beginning requires, less what the teacher says at its two ends."""
-    change = precond._required_change(start.x, start.denoised, end.bend, start.t, end.t)
+    change = _required_change(precond, start, end)
     at_start = change
     if precond.told_lower_level:
         q_x, q = precond.query(start.x, start.t, end.t)
         at_start = change - (velocity.denoised(q_x, q) - start.denoised)
     return at_start, change - (end.denoised - start.denoised)
+
+
+def _required_change(precond: Preconditioning, start: Point, end: Point) -> Tensor:
+    r"""Return how far `required_output` is from what the teacher says, $D^* - D$, without rounding of x_t and D.
+
+    With $x_s = x_t + \frac{s - t}t (x_t - D) + w$ it is $(w + (1 - \frac st - c_{out}) D + (\frac st - c_{skip})\,
+    x_t) / c_{out}$. Of an Euler step's coefficients only w is left.
+    """
+    t, s = start.t, end.t
+    c_skip, c_out = precond._for_batch(start.x, t, s)
+    modes_t, D, w = (precond._to_modes(v) for v in (start.x, start.denoised, end.bend))
+    ratio, tau = (expand_to(v, modes_t) for v in (s / t, (t - s) / t))
+    left = torch.addcmul(w, (tau - c_out).to(D.dtype), D)
+    return precond._required(Scalings(c_skip - ratio, c_out), modes_t, left)
 
 
 def rms(x: Tensor) -> Tensor:

@@ -205,40 +205,15 @@ class Preconditioning(FixedPrecisionModule):
         modes_s = torch.addcmul(modes_s, near.to(dtype), modes_t, value=-1)
         return self._required(Scalings(c_skip - near, c_out), modes_t, modes_s)
 
-    def _required_change(self, x_t: Tensor, denoised: Tensor, bend: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        r"""Return how far `required_output` is from what the teacher says, $D^* - D$, without rounding of x_t and D.
-
-        With $x_s = x_t + \frac{s - t}t (x_t - D) + w$ it is $(w + (1 - \frac st - c_{out}) D + (\frac st - c_{skip})\,
-        x_t) / c_{out}$. Of an Euler step's coefficients only w is left.
-
-        Args:
-            x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
-            denoised: The teacher's output D. Like ``x_t``.
-            bend: What sets x_s off an Euler step, w. Like ``x_t``.
-            t: Noise levels to start from. Shape ``(B,)``.
-            s: Noise levels to reach, below ``t``. Shape ``(B,)``.
-
-        Returns:
-            The difference. Like ``x_t``.
-        """
-        c_skip, c_out = self._for_batch(x_t, t, s)
-        modes_t, D, w = (self._to_modes(v) for v in (x_t, denoised, bend))
-        ratio, tau = (expand_to(v, modes_t) for v in (s / t, (t - s) / t))
-        return self._required(Scalings(c_skip - ratio, c_out), modes_t, torch.addcmul(w, (tau - c_out).to(D.dtype), D))
-
     def _required(self, scalings: Scalings, modes_t: Tensor, modes_s: Tensor) -> Tensor:
         """Return the output that solves ``modes_s = c_skip modes_t + c_out D``, in their dtype."""
         c_skip, c_out = (c.to(modes_t.dtype) for c in scalings)
         trivial = (c_out == 0).expand_as(modes_t)
         if all_true(~trivial) is False:
             index = int(trivial.flatten().nonzero()[0]) // trivial.shape[1:].numel()  # the sample's
-            raise ValueError(
-                f"t > s needed, got s = t at position {index}: a jump from a level to itself lands on x_t whatever the "
-                f"denoiser returns."
-            )
-        return self._from_modes(
-            torch.where(trivial, torch.nan, torch.addcmul(modes_s, c_skip, modes_t, value=-1) / c_out)
-        )
+            raise ValueError(f"t > s needed, got s = t at position {index}: there the denoiser does not matter.")
+        modes = torch.addcmul(modes_s, c_skip, modes_t, value=-1) / c_out
+        return self._from_modes(torch.where(trivial, torch.nan, modes))
 
     def on_schedule(self, schedule: Schedule) -> ScheduledPreconditioning:
         r"""Return the same jump for students of another schedule, on $x' = \alpha x$ and between the schedule's times.
@@ -304,8 +279,7 @@ class Preconditioning(FixedPrecisionModule):
         valid &= here <= self.sigma_max * (1 + ROUNDING) if self.sigma_max < math.inf else here < math.inf
         if self.sigma_min == 0:
             valid &= here > 0
-        all_valid = all_true(valid)
-        if all_valid is False:
+        if (all_valid := all_true(valid)) is False:
             index = int((~valid).flatten().nonzero()[0])
             t_bad, s_bad = here.flatten()[index].item(), there.flatten()[index].item()
             raise ValueError(self.fault(t_bad, s_bad, f" at position {index}"))

@@ -115,7 +115,7 @@ def test_required_output_of_an_euler_step_is_its_velocity() -> None:
 @every
 def test_nothing_is_required_of_a_jump_from_a_level_to_itself(precond: ap.Preconditioning) -> None:
     t = torch.tensor([1.0, 2.0])
-    with pytest.raises(ValueError, match=r"t > s needed, got s = t at position 1: .* whatever the denoiser"):
+    with pytest.raises(ValueError, match=r"t > s needed, got s = t at position 1: there the denoiser does not matter"):
         precond.required_output(t[:, None], t[:, None], t, torch.tensor([0.5, 2.0]))
     with pytest.raises(ValueError, match=r"s <= t.*got t = 1, s = 2 at position 0"):
         precond.required_output(t[:, None], t[:, None], 1.0, 2.0)
