@@ -30,11 +30,12 @@ class Points(NamedTuple):
     """A batch's points at all levels, for whoever gets them to overwrite. Shapes ``(K, B, ...)``, dtype of the start.
 
     Attributes:
-        x: The states.
+        bend: What sets the states off the Euler step from the first level's (`Point`): of the states themselves,
+            float32 would round more than neighbouring levels differ by beyond that step.
         denoised: The teacher's outputs D(x, t).
     """
 
-    x: Tensor
+    bend: Tensor
     denoised: Tensor
 
 
@@ -112,7 +113,7 @@ class Trajectories:
             points = Points(*(piece.x.new_empty(len(grid), *piece.x.shape) for _ in range(2)))
             for k, point in enumerate(trajectory(self.denoiser, piece, grid)):
                 bar.update(len(piece.x) * (PASSES_PER_STEP if k else 1))
-                points.x[k], points.denoised[k] = point.x, point.denoised
+                points.bend[k], points.denoised[k] = point.bend, point.denoised
             add(piece, points, partial(bar.update, len(piece.x)))
             return len(piece.x)
 

@@ -136,19 +136,20 @@ class PerModePreconditioning(FittedPreconditioning):
         return Scalings(c_skip, c_out)
 
     def _to_modes(self, x: Tensor) -> Tensor:
-        return self.basis.to_modes(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.basis.to_modes(x)
 
     def _from_modes(self, modes: Tensor) -> Tensor:
-        return self.basis.from_modes(modes)
+        with torch.autocast(modes.device.type, enabled=False):
+            return self.basis.from_modes(modes)
 
     def _combine(self, scalings: Scalings, x: Tensor, D: Tensor) -> Tensor:
         # all modes as the first, and the others' differences: s = t leaves x as it is, to the bit
         first = [c.flatten(-len(self.coefficient_shape))[..., :1] for c in scalings]
         own_skip, own_out = ((c - self._per_jump(f[..., 0])).to(x.dtype) for c, f in zip(scalings, first, strict=True))
         first_skip, first_out = (f.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for f in first)
-        with torch.autocast(x.device.type, enabled=False):
-            own = own_skip * self.basis.to_modes(x) + own_out * self.basis.to_modes(D)
-            return first_skip * x + first_out * D + self.basis.from_modes(own)
+        own = own_skip * self._to_modes(x) + own_out * self._to_modes(D)
+        return first_skip * x + first_out * D + self._from_modes(own)
 
     def _check_sample(self, x_t: Tensor) -> None:
         if x_t.shape[1:] != self.basis.sample_shape:

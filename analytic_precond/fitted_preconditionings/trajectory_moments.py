@@ -107,27 +107,31 @@ def trajectory_moments(
     """
     levels, K, G = trajectories.levels, len(trajectories.levels), len(groups)
     N = num_groups(trajectories.num) if num_blocks is None else num_blocks
-    taken = reference(levels.numpy()).tolist()
+    taken, shares = reference(levels.numpy()).tolist(), (levels / levels[0]).tolist()
     counts, sizes = _zeros(N), _zeros(G)
     sums = _zeros(N, G, K, K), _zeros(N, G, K, K), _zeros(N, G, K)
 
     def add(start: Start, points: Points, _: object) -> None:
         # 1. E = D - a x, and the points' coordinates, in place: of all that is held, these are the largest
-        x, E = (part.reshape(*part.shape[:2], -1) for part in points)
-        for k, a in enumerate(taken):
-            points.denoised[k].sub_(points.x[k], alpha=a)
-            x[k], E[k] = to_modes(points.x[k]), to_modes(points.denoised[k])
+        bend, E = (part.reshape(*part.shape[:2], -1) for part in points)
+        first = torch.stack([points.denoised[0], start.x])
+        for k, (a, share) in enumerate(zip(taken, shares, strict=True)):
+            points.denoised[k].sub_(torch.lerp(first[0], first[1], share).add_(points.bend[k]), alpha=a)
+            bend[k], E[k] = to_modes(points.bend[k]), to_modes(points.denoised[k])
+        first = torch.stack([to_modes(v).to(E.dtype) for v in first])
         _check_answers(torch.stack([part.isfinite().all() for part in E]), levels)
-        sizes[:] = torch.tensor([x[0, 0, group].numel() for group in groups], device="cpu")
+        sizes[:] = torch.tensor([E[0, 0, group].numel() for group in groups], device="cpu")
         # 2. their products, block by block (of consecutive trajectories) and group by group, where the points are
-        found, first = [], 0
-        blocks = torch.arange(start.first, start.first + x.shape[1], device="cpu") * N // trajectories.num
+        found, begin = [], 0
+        blocks = torch.arange(start.first, start.first + E.shape[1], device="cpu") * N // trajectories.num
         for block, num in zip(*(part.tolist() for part in blocks.unique(return_counts=True)), strict=True):
-            rows = slice(first, first + num)
-            own = ([v[:, rows][..., group].flatten(1) for v in (x, E)] for group in groups)
-            products = [_products(*pair, pieces=-(-_PIECES // G)) for pair in own]
+            rows = slice(begin, begin + num)
+            products = []
+            for group in groups:
+                w, ends, e = (v[:, rows][..., group].flatten(1) for v in (bend, first, E))
+                products.append(_along_trajectories(w, ends, e, shares, pieces=-(-_PIECES // G)))
             found.append((block, num, [torch.stack(part).cpu() for part in zip(*products, strict=True)]))
-            first += num
+            begin += num
         # 3. the sums: all of the batch, since here memory no longer runs out
         for block, count, parts in found:
             counts[block] += count
@@ -140,17 +144,28 @@ def trajectory_moments(
     return TrajectoryMoments(levels.numpy(), counts[filled].numpy(), sizes.numpy(), *products)
 
 
-def _products(x: Tensor, E: Tensor, *, pieces: int = _PIECES) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the products of points, and the squares of E, in the wide dtype: of some of their numbers at a time."""
-    wide = wide_dtype(x.device)
-    K, L = len(x), len(E)
-    xx, Ex, EE = (x.new_zeros(shape, dtype=wide) for shape in ((K, K), (L, K), (L,)))
-    for v, e in zip(x.chunk(pieces, 1), E.chunk(pieces, 1), strict=True):
-        v, e = v.to(wide), e.to(wide)
-        xx += v @ v.T
-        Ex += e @ v.T
-        EE += e.square().sum(1)
-    return xx, Ex, EE
+def _along_trajectories(
+    bend: Tensor, first: Tensor, E: Tensor, shares: Sequence[float], pieces: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the products of states and E, and the squares of E, of D and x at the first level, the bends, and E.
+
+    A state is $(1 - share) D + share x + bend$. As float32 it would be rounded by more than neighbours at small noise
+    differ by beyond a multiple of each other; so its three parts are multiplied, and their products added.
+    """
+    K, wide = len(bend), wide_dtype(bend.device)
+    vv, Ev, EE = (bend.new_zeros(shape, dtype=wide) for shape in ((K + 2, K + 2), (K, K + 2), (K,)))
+    for w, ends, e in zip(*(v.chunk(pieces, 1) for v in (bend, first, E)), strict=True):
+        for total, part in zip((vv, Ev, EE), _products(torch.cat([w, ends]), e), strict=True):
+            total += part
+    share = vv.new_tensor(shares)
+    of_parts = torch.cat([torch.eye(K, dtype=wide, device=vv.device), 1 - share[:, None], share[:, None]], 1)
+    return of_parts @ vv @ of_parts.T, Ev @ of_parts.T, EE
+
+
+def _products(x: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the products of points, and the squares of E, in the wide dtype."""
+    x, E = (v.to(wide_dtype(v.device)) for v in (x, E))
+    return x @ x.T, E @ x.T, E.square().sum(1)
 
 
 def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments:
@@ -172,8 +187,11 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
 
     def add(start: Start, points: Points, count_pass: Callable[[], object]) -> None:
         velocity = Velocity.of(trajectories.denoiser, start.x.to(start.dtype), start.condition)
-        states, E = points.x.flatten(1), torch.empty_like(points.x)
-        Ex, EE = (states.new_zeros(shape, dtype=wide_dtype(states.device)) for shape in ((K, K, K), (K, K)))
+        for x, level in zip(points.bend, grid, strict=True):  # bends become states, in place
+            x.add_(torch.lerp(points.denoised[0], start.x, level / grid[0]))
+        states, E = points.bend.flatten(1), torch.empty_like(points.bend)
+        wide = wide_dtype(states.device)
+        xx, Ex, EE = (states.new_zeros(shape, dtype=wide) for shape in ((K, K), (K, K, K), (K, K)))
         for i, (x, denoised) in enumerate(zip(*points, strict=True)):
             for k in range(i, K):
                 # the trajectory's own answer serves k = i; of the others only products are kept
@@ -181,7 +199,10 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
                 if k > i:
                     count_pass()
                 torch.sub(answer, x, alpha=a[i], out=E[k])
-            xx, Ex[i, i:], EE[i, i:] = _products(states, E[i:].flatten(1))
+            xx.zero_()
+            for x_some, E_some in zip(states.chunk(_PIECES, 1), E[i:].flatten(1).chunk(_PIECES, 1), strict=True):
+                for total, part in zip((xx, Ex[i, i:], EE[i, i:]), _products(x_some, E_some), strict=True):
+                    total += part
         _check_answers(EE.isfinite().all(1), levels)
         products = [part.to("cpu", torch.float64) / start.x[0].numel() for part in (xx, Ex, EE)]
         for total, part in zip(sums, products, strict=True):

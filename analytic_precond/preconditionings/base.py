@@ -199,11 +199,11 @@ class Preconditioning(FixedPrecisionModule):
         self._check_pair(x_t, x_s, "x_s")
         c_skip, c_out = self._for_batch(x_t, t, s)
         dtype = torch.promote_types(torch.promote_types(x_t.dtype, x_s.dtype), torch.float32)
-        modes_t, modes_s = (self._to_modes(x.to(dtype)) for x in (x_t, x_s))
+        x, beyond = (v.to(dtype) for v in (x_t, x_s))
         # x_s - x_t is exact where the jump is short, and what c_skip is less than 1 rounds no more than x_s did
-        near = c_skip.round()
-        modes_s = torch.addcmul(modes_s, near.to(dtype), modes_t, value=-1)
-        return self._required(Scalings(c_skip - near, c_out), modes_t, modes_s)
+        near = c_skip.reshape(len(c_skip), -1)[:, 0].round()
+        modes_s = self._to_modes(torch.addcmul(beyond, expand_to(near, x).to(dtype), x, value=-1))
+        return self._required(Scalings(c_skip - expand_to(near, c_skip), c_out), self._to_modes(x), modes_s)
 
     def _required(self, scalings: Scalings, modes_t: Tensor, modes_s: Tensor) -> Tensor:
         """Return the output that solves ``modes_s = c_skip modes_t + c_out D``, in their dtype."""

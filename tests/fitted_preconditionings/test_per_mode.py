@@ -345,6 +345,30 @@ class TestJump:
         with pytest.raises(ValueError, match="t > s needed"):
             precond.required_output(x, x, T, T)
 
+    def test_required_output_in_float32(self, precond: PerModePreconditioning) -> None:
+        """It adds little to the data's own rounding, which a short jump divides by c_out; nor does autocast add any."""
+        x, D = batch(3)
+        for t, s in ((20.0, 19.0), (20.0, 19.9), (1.0, 0.99), (0.0125, 0.01), (20.0, 0.01)):
+            x_t = (x + t * D).float()
+            x_s = precond.jump(x_t.double(), D.double(), t, s).float()
+            exact = precond.required_output(x_t.double(), x_s.double(), t, s)
+            c_out = precond(t, s).c_out.abs().min().item()
+            rounding = torch.finfo(torch.float32).eps / 2 * x_t.abs().max().item() / c_out
+            for half in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    found = precond.required_output(x_t, x_s, t, s)
+                assert found.dtype == torch.float32
+                assert (found - exact).square().mean().sqrt().item() < rounding
+
+    def test_gaps_are_the_same_under_autocast(self, precond: PerModePreconditioning) -> None:
+        x = batch(3)[0].float()
+        teacher = ap.GaussianDenoiser(0.25)
+        expected = ap.consistency_gap(teacher, precond, x, 2.0, 1.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            found = ap.consistency_gap(teacher, precond, x, 2.0, 1.0)
+        torch.testing.assert_close(found.start, expected.start)
+        torch.testing.assert_close(found.target, expected.target)
+
     def test_one_level_for_all(self, precond: PerModePreconditioning) -> None:
         x, D = batch(4)
         one = torch.full((5,), 5.0)
