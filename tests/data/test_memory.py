@@ -131,7 +131,10 @@ class TestOutOfMemory:
 
         assert_same(estimate(teacher, batch_size="auto", num_samples=960), estimate(num_samples=960))
 
-    @pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS.keys())
+    @pytest.mark.parametrize(
+        "error",
+        [pytest.param(error, id=name, marks=[pytest.mark.long] * (name != "cuda")) for name, error in ERRORS.items()],
+    )
     def test_on_one_sample_is_said_with_the_level(self, error: Callable[[], BaseException]) -> None:
         teacher = Small(0, error)
         match = r"one sample, got too little at noise levels 2 to .*batch 0: free some.*It said: .*(?i:alloc)"

@@ -112,6 +112,7 @@ def failing_runs(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return {**results, "calls": teacher.calls, "after all": estimate(DATA)}
 
 
+@pytest.mark.long
 def test_all_processes_stop_with_the_error_of_one(tmp_path: Path) -> None:
     first, second = in_processes(2, tmp_path, failing_runs)
     for name, error in {

@@ -14,7 +14,11 @@ import analytic_precond as ap
 
 L_METHODS = ("stein", "hutchinson", "exact")
 S_METHODS = ("transport", "jvp", "finite-difference")
-METHOD_PAIRS = list(itertools.product(L_METHODS, S_METHODS))
+# the exact trace differentiates once per element: slow, and each of its pairs is half of one before
+METHOD_PAIRS = [
+    pytest.param(*pair, marks=[pytest.mark.long] * (pair in {("exact", "jvp"), ("exact", "finite-difference")}))
+    for pair in itertools.product(L_METHODS, S_METHODS)
+]
 RESULTS = ("l", "g_rms", "s")
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from checkout import BENCHMARKS
 
+pytestmark = pytest.mark.long
+
 TINY = ["--device", "cpu", "--tiny"]
 NUMBER = r"\d+(\.\d+)?"
 
 
-@pytest.mark.long
 def test_tiny_report_holds_tests_benchmark_and_recipe(tmp_path: Path) -> None:
     report = tmp_path / "gpu.md"
     command = [sys.executable, str(BENCHMARKS / "gpu_report.py"), *TINY, "--output", str(report)]
