@@ -206,7 +206,9 @@ def main() -> None:
         parts += tables(results, CONFIG, problem)
         images = args.docs / "images" / "evidence"
         images.mkdir(parents=True, exist_ok=True)
-        compared = {name: compare(results, CONFIG, problem, name) for name in methods_of(results, CONFIG, problem)}
+        names = methods_of(results, CONFIG, problem)  # of fewer than three seeds, intervals tell nothing
+        names = [name for name in names if len(pairs_of(results, problem, name)) > 2]
+        compared = {name: compare(results, CONFIG, problem, name) for name in names}
         figures = {
             "alignment": draw_alignment(results, CONFIG, problem),
             "ratios": draw_ratios(compared, f"{problem}, on the plateau: values over CTM's"),
