@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_choice, check_count
+from .._checks import check_callable, check_choice, check_count
 from .._conditions import Condition
 from .._precision import wide_dtype
 from ..data.arguments import BatchConditions, check_request, device_of, levels_for, name_of, warn_if_training
@@ -108,8 +108,7 @@ def estimate_statistics(
         tensor([0.0588, 0.2000, 0.5000], dtype=torch.float64)
     """
     with processes() as together:
-        if not callable(denoiser):
-            raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
+        check_callable(denoiser, "denoiser", "denoiser(x, t)")
         levels = levels_for(denoiser, levels, 120)
         check_count(num_samples, 2, "num_samples", "Samples come in pairs x_0 + t n, x_0 - t n.")
         if intercept:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_count, check_positive
+from .._checks import check_callable, check_count, check_positive
 from .._conditions import Condition
 from .._files import sample_shape_of
 from .._modules import network_dtype
@@ -162,8 +162,7 @@ def fit_run(
     description: str | None,
 ) -> Iterator[FitRun]:
     """Check what `FittedPreconditioning.fit` is asked for, read the first batch, and seed torch while the fit lasts."""
-    if not callable(denoiser):
-        raise TypeError(f"denoiser must be callable as denoiser(x, t), got {type(denoiser).__name__}.")
+    check_callable(denoiser, "denoiser", "denoiser(x, t)")
     levels = levels_for(denoiser, levels, _NUM_LEVELS)
     check_count(num_trajectories, 1, "num_trajectories")
     check_positive(sigma_data, "sigma_data")

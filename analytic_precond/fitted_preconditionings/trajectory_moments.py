@@ -10,9 +10,9 @@ level k, and $E_{ik} = D_{ik} - a_i x_i$ takes the place of $E_i$.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import torch
@@ -152,20 +152,28 @@ def _along_trajectories(
     A state is $(1 - share) D + share x + bend$. As float32 it would be rounded by more than neighbours at small noise
     differ by beyond a multiple of each other; so its three parts are multiplied, and their products added.
     """
-    K, wide = len(bend), wide_dtype(bend.device)
-    vv, Ev, EE = (bend.new_zeros(shape, dtype=wide) for shape in ((K + 2, K + 2), (K, K + 2), (K,)))
-    for w, ends, e in zip(*(v.chunk(pieces, 1) for v in (bend, first, E)), strict=True):
-        for total, part in zip((vv, Ev, EE), _products(torch.cat([w, ends]), e), strict=True):
-            total += part
-    share = vv.new_tensor(shares)
-    of_parts = torch.cat([torch.eye(K, dtype=wide, device=vv.device), 1 - share[:, None], share[:, None]], 1)
+    parts = zip(*(v.chunk(pieces, 1) for v in (bend, first, E)), strict=True)
+    vv, Ev, EE = _added((_square(v), *_products(v, e)) for w, ends, e in parts for v in [torch.cat([w, ends])])
+    share = vv.new_tensor(shares)[:, None]
+    of_parts = torch.cat([torch.eye(len(bend), dtype=vv.dtype, device=vv.device), 1 - share, share], 1)
     return of_parts @ vv @ of_parts.T, Ev @ of_parts.T, EE
 
 
-def _products(x: Tensor, E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the products of points, and the squares of E, in the wide dtype."""
+def _square(x: Tensor) -> Tensor:
+    """Return the products of points with each other, in the wide dtype."""
+    x = x.to(wide_dtype(x.device))
+    return x @ x.T
+
+
+def _products(x: Tensor, E: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the products of E with points, and the squares of E, in the wide dtype."""
     x, E = (v.to(wide_dtype(v.device)) for v in (x, E))
-    return x @ x.T, E @ x.T, E.square().sum(1)
+    return E @ x.T, E.square().sum(1)
+
+
+def _added(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Return the sums of the parts' tensors, one part in memory at a time."""
+    return reduce(lambda sums, part: tuple(map(Tensor.add_, sums, part)), parts)
 
 
 def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments:
@@ -190,8 +198,8 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
         for x, level in zip(points.bend, grid, strict=True):  # bends become states, in place
             x.add_(torch.lerp(points.denoised[0], start.x, level / grid[0]))
         states, E = points.bend.flatten(1), torch.empty_like(points.bend)
-        wide = wide_dtype(states.device)
-        xx, Ex, EE = (states.new_zeros(shape, dtype=wide) for shape in ((K, K), (K, K, K), (K, K)))
+        xx = _added((wide @ wide.T,) for x in states.chunk(_PIECES, 1) for wide in [x.to(wide_dtype(x.device))])[0]
+        Ex, EE = xx.new_zeros(K, K, K), xx.new_zeros(K, K)
         for i, (x, denoised) in enumerate(zip(*points, strict=True)):
             for k in range(i, K):
                 # the trajectory's own answer serves k = i; of the others only products are kept
@@ -199,10 +207,8 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
                 if k > i:
                     count_pass()
                 torch.sub(answer, x, alpha=a[i], out=E[k])
-            xx.zero_()
-            for x_some, E_some in zip(states.chunk(_PIECES, 1), E[i:].flatten(1).chunk(_PIECES, 1), strict=True):
-                for total, part in zip((xx, Ex[i, i:], EE[i, i:]), _products(x_some, E_some), strict=True):
-                    total += part
+            parts = zip(states.chunk(_PIECES, 1), E[i:].flatten(1).chunk(_PIECES, 1), strict=True)
+            Ex[i, i:], EE[i, i:] = _added(_products(*part) for part in parts)
         _check_answers(EE.isfinite().all(1), levels)
         products = [part.to("cpu", torch.float64) / start.x[0].numel() for part in (xx, Ex, EE)]
         for total, part in zip(sums, products, strict=True):

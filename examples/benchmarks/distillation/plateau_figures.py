@@ -29,7 +29,7 @@ def draw_ratios(compared: dict[str, dict[str, Comparison]], title: str) -> Figur
         for k, (name, comparisons) in enumerate(compared.items()):
             ratios = [comparisons[metric] for metric in metrics]
             means = np.array([ratio.mean for ratio in ratios])
-            ends = np.array([ratio.interval() if len(ratio.ratios) > 1 else 2 * (ratio.mean,) for ratio in ratios]).T
+            ends = np.array([ratio.interval() for ratio in ratios]).T
             places = np.arange(len(metrics)) + 0.14 * (k - (len(compared) - 1) / 2)
             colour = STYLES[name][0]
             label = f"{METHODS[name].label} ({len(ratios[0].ratios)} seeds)"

@@ -66,8 +66,7 @@ def _shifted(path: Path, sigma_data: float) -> ap.Preconditioning:
 
 
 def _annealed(path: Path, sigma_data: float) -> ap.Preconditioning:
-    statistics = ap.TeacherStatistics.load(path.with_stem("statistics"))
-    end = ap.AnalyticPreconditioning(statistics, sigma_data=sigma_data)
+    end = _analytic(1.0)(path.with_stem("statistics"), sigma_data)
     return AnnealedPreconditioning(_shifted(path, sigma_data), end)
 
 
