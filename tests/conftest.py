@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,12 @@ settings.load_profile("steady")
 
 # a background shell starts its processes deaf to interruptions, which tests send to themselves and to others
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """Keep what was collected out of garbage collections: memory that runs out, in tests, calls for hundreds."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["network", pytest.param("denoiser", marks=pytest.mark.long)])
