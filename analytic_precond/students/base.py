@@ -46,7 +46,7 @@ class Student(NetworkWrapper):
         sigma_data: float = 0.5,
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
-        if hasattr(network, "scalings"):
+        if hasattr(network, "noise_range"):  # the adapters, guided and exact denoisers say which levels they know
             raise TypeError(
                 f"network must be a raw network, got {type(network).__name__}, which is a denoiser already: write "
                 f"{type(self).__name__}.from_denoiser(denoiser, precond)."

@@ -40,6 +40,8 @@ class GaussianDenoiser(FixedPrecisionModule):
     variances: Tensor
     mean: Tensor
 
+    noise_range = None  # as of a `NetworkDenoiser`: no level is unknown
+
     def __init__(self, variances: Tensor | float, mean: Tensor | float = 0.0) -> None:
         super().__init__()
         given = (value.device for value in (variances, mean) if isinstance(value, Tensor))
@@ -81,6 +83,8 @@ class GaussianMixtureDenoiser(FixedPrecisionModule):
     means: Tensor
     variances: Tensor
     log_weights: Tensor
+
+    noise_range = None
 
     def __init__(self, means: Tensor, variances: Tensor | float, weights: Tensor | None = None) -> None:
         super().__init__()
@@ -148,6 +152,8 @@ class EmpiricalDenoiser(FixedPrecisionModule):
     data: Tensor
     center: Tensor
     half_squares: Tensor
+
+    noise_range = None
 
     def __init__(self, data: Tensor) -> None:
         super().__init__()

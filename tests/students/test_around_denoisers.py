@@ -247,6 +247,8 @@ def test_default_levels_stay_inside_what_the_denoiser_knows() -> None:
     [
         (lambda d, p: ap.ConsistencyModel(d, p), TypeError,
          r"a raw network, got NetworkDenoiser, which is a denoiser already: write ConsistencyModel\.from_denoiser\("),
+        (lambda d, p: ap.ConsistencyModel(ap.guide(d, d, 2.0), p), TypeError, r"GuidedDenoiser, which is a denoiser"),
+        (lambda d, p: ap.ConsistencyTrajectoryModel(ap.GaussianDenoiser(1.0), p), TypeError, r"is a denoiser already"),
         (lambda d, p: ap.ConsistencyModel.from_denoiser(3, p), TypeError,
          r"denoiser must be callable as denoiser\(x, t\), got int: pass an nn\.Module or a function"),
         (lambda d, p: ap.ConsistencyTrajectoryModel.from_denoiser(3, p), TypeError, r"as denoiser\(x, t, s\), got int"),
