@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/
-# bytecode is made of what is imported, not of all that is installed: half a minute less
+# bytecode is made of what is imported, not of all that is installed: half a minute less; containers often forbid it,
+# and then every process of a test would compile torch anew, 5 s each
 INSTALL = $(RUN)pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-all clean
 

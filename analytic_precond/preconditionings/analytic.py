@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import check_choice, check_finite, check_levels, check_tensor
+from .._checks import check_choice, check_finite, check_levels, check_tensor, may_read
 from ..interpolation import splines
 from ..interpolation.element_table import ElementTable, element_name
 from ..interpolation.integral_table import Function, IntegralTable
 from ..interpolation.splines import Array
-from ..statistics.moments import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
 from .base import Preconditioning, Scalings
+
+_AT_ONCE = 4096  # levels: a CPU's cache then holds what is computed, which halves the time of 65,536
 
 _ADVICE = "a negative l is noise, take more samples or clamp the table at 0."
 
@@ -65,6 +66,10 @@ class EulerStepPreconditioning(Preconditioning):
 
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels (docs/method.md, section 3)."""
+        if t.numel() > _AT_ONCE and may_read(t):
+            pieces = zip(t.flatten().split(_AT_ONCE), s.flatten().split(_AT_ONCE), strict=True)
+            whole = (torch.cat(parts) for parts in zip(*(self.coefficients(*piece) for piece in pieces), strict=True))
+            return Scalings(*(c.reshape((*t.shape, *self.coefficient_shape)) for c in whole))
         shape = (*t.shape, *self.coefficient_shape)
         implicit = self.implicit
         l_t, l_s, L_ratio, S_ratio, r = self.integrals(t, s, with_S=implicit < 1)
@@ -145,8 +150,9 @@ class AnalyticPreconditioning(EulerStepPreconditioning):
     ) -> None:
         check_statistics(statistics, type(self))
         theta = theta_of(discretization, theta)
-        levels, l = statistics.levels.numpy(), statistics.l.numpy()
-        ln_S = log_scale_spline(levels, statistics.g_rms.numpy(), statistics.s.numpy(), statistics.header.s_method)
+        tables = (statistics.levels, statistics.l, statistics.g_rms, statistics.s)
+        levels, l, g_rms, s = (table.numpy() for table in tables)
+        ln_S = splines.log_scale_spline(levels, g_rms, s, statistics.header.s_method)
         self._build(levels, splines.linear_coefficient(levels, l), ln_S, theta, sigma_data)
 
     @classmethod

@@ -11,7 +11,6 @@ from .._checks import check_choice, check_finite, check_levels, check_tensor
 from ..interpolation import splines
 from ..interpolation.element_table import ElementTable
 from ..interpolation.splines import Array
-from ..statistics.moments import log_scale_spline
 from ..statistics.teacher_statistics import TeacherStatistics
 from .analytic import EulerStepPreconditioning, check_statistics, theta_of
 
@@ -81,7 +80,7 @@ class PerElementPreconditioning(EulerStepPreconditioning):
         l, g_rms, s = (_rows(v) for v in (elements.l, elements.g_rms, elements.s))
 
         def ln_S(some: slice) -> Any:
-            return log_scale_spline(levels, g_rms[some], s[some], s_method)
+            return splines.log_scale_spline(levels, g_rms[some], s[some], s_method)
 
         table = ElementTable(levels, l, ln_S, elements.shape, _ADVICE[per])
         self._build(table, statistics.header.sample_shape, theta, sigma_data, _ADVICE[per])

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from .._checks import check_choice, check_count, check_finite
 from .._files import remove_leftovers
-from ..interpolation.splines import linear_coefficient, spline
+from ..interpolation.splines import linear_coefficient, log_scale_spline, spline
 from ..noise_levels.grids import log_noise_levels
-from .moments import Array, log_scale_spline
+from .moments import Array
 from .teacher_statistics import TeacherStatistics
 
 _FILES = {"l.npz": ("l",), "sb.npz": ("s", "b")}

@@ -11,7 +11,6 @@ alike: there a moment is an array of any shape, levels last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -170,23 +169,6 @@ def is_resolved(gg: Array, EE: Array, DD: Array, xx: Array, l_stderr: Array, pre
         (gg > rounding) & (gg > _CANCELLATION**2 * EE) & ((gg > from_l) | (gg > _ROUNDING_OF_L**2 * rounding))
     )
     return resolved
-
-
-def log_scale_spline(levels: Array, g_rms: Array, s: Array, s_method: str) -> Any:
-    """Return ln S as a spline in lambda, up to constants: of g_rms itself where s is a derivative of it anyway.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        g_rms: RMS of the remainder. Shape ``(..., K)``.
-        s: Scaling coefficients. Shape ``(..., K)``.
-        s_method: Estimator of s.
-
-    Returns:
-        The spline, as of `splines.spline`.
-    """
-    if s_method == "transport":
-        return splines.spline(levels, splines.log_scale(levels, g_rms))
-    return splines.spline(levels, s).antiderivative()
 
 
 def scales(

@@ -311,7 +311,7 @@ def test_no_pyplot_and_no_matplotlib_until_needed(tmp_path: Path) -> None:
         "import sys, analytic_precond as ap\n"
         "from analytic_precond.diagnostics.plots import plot_preconditioning\n"
         "assert 'matplotlib' not in sys.modules\n"
-        "plot_preconditioning(ap.CTMPreconditioning()).savefig(sys.argv[1])\n"
+        "plot_preconditioning(ap.CTMPreconditioning(), t=5.0).savefig(sys.argv[1])\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path / "figure.png")], check=True)

@@ -217,3 +217,21 @@ def test_tables_written_in_place_or_exchanged_are_the_ones_used() -> None:
             other = copy.deepcopy(other) if way == "copied" else other.double() if way == "moved" else other
             answer = other(4.0, 1.0)
         assert answer == known(4.0, 1.0)
+
+
+@pytest.mark.parametrize("theta", [0.5, 1.0])
+def test_many_levels_at_once_are_those_of_few(theta: float) -> None:
+    """In values, shape and gradients: calls above 4,096 levels are cut."""
+    precond = build(theta, 30)
+    noise = torch.rand(2, 3, 2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    t, s = (0.002 * 4e4 ** noise.sort(0, descending=True).values).requires_grad_()
+
+    def slope(jumps: ap.Scalings) -> Tensor:
+        return torch.autograd.grad((jumps.c_skip + 2 * jumps.c_out).sum(), (t, s))[0]
+
+    few = [precond(*levels) for levels in zip(t, s, strict=True)]
+    many = precond(t, s)
+    assert torch.equal(many.c_skip, torch.stack([jumps.c_skip for jumps in few]))
+    assert torch.equal(many.c_out, torch.stack([jumps.c_out for jumps in few]))
+    assert torch.equal(slope(many), sum(slope(jumps) for jumps in few))
+    assert torch.equal(torch.vmap(precond)(t, s).c_out, many.c_out)
