@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .._checks import check_count
+from .._checks import all_true, check_count
 from .._precision import wide_dtype
 from ..noise_levels.random_levels import check_normal, draw
 from .jump_times import JumpTimes, check_times
@@ -35,7 +35,7 @@ def sample_ict_times(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a number is out of its range or (on the CPU) the levels do not decrease.
+        ValueError: If a number is out of its range or (on the CPU) the levels do not decrease or have no probability.
 
     Examples:
         >>> levels = torch.tensor([1000.0, 1.0, 0.999, 0.998])  # nearly all of the law N(3, 1) is in the first interval
@@ -46,6 +46,11 @@ def sample_ict_times(
     check_normal(mean, std)
 
     edges = torch.special.erf((levels.to(wide_dtype(levels.device)).log() - mean) / (math.sqrt(2) * std))
+    if all_true(edges[:1] > edges[-1:]) is False:
+        raise ValueError(
+            f"mean and std must give the levels from {levels[0]:g} to {levels[-1]:g} some probability, got {mean:g} "
+            f"and {std:g}: they are of ln t, e.g. -1.1 and 2.0."
+        )
     share = (edges[:1] - edges[1:]) / (edges[0] - edges[-1])  # of the law below each interval's start, cumulated
     uniform = draw(torch.rand, (batch,), levels.device, generator)
     i = torch.searchsorted(share, uniform, right=True).clamp(max=len(levels) - 2)

@@ -56,10 +56,12 @@ def test_grid_doubles_at_equal_spans() -> None:
         (lambda: ap.sample_ict_times(1, torch.tensor([1.0, 2.0])), ValueError, "strictly decreasing"),
         (lambda: ap.sample_ict_times(1, torch.tensor([2.0, 1.0]), std=0.0), ValueError, "std must be positive"),
         (lambda: ap.sample_ict_times(1, torch.tensor([2.0, 1.0]), "x"), TypeError, "mean must be a number"),
+        (lambda: ap.sample_ict_times(1, torch.tensor([2.0, 1.0]), 80.0, 0.1), ValueError,
+         r"the levels from 2 to 1 some probability, got 80 and 0\.1: they are of ln t, e\.g\. -1\.1 and 2\.0"),
         (lambda: ap.ict_num_levels(-1, 10), ValueError, "step must be at least 0"),
         (lambda: ap.ict_num_levels(1, 10, first=20, last=10), ValueError, "last must be at least 20, got 10"),
     ],
-)
+)  # fmt: skip
 def test_bad_arguments(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
