@@ -120,7 +120,7 @@ def on_device(condition: Any, device: torch.device) -> Any:
     def of(part: Any) -> Any:
         if isinstance(part, Common):
             return Common(on_device(part.value, device))
-        if not isinstance(part, Tensor):
+        if not isinstance(part, Tensor) or part.device == device:
             return part
         return place(part, device, part.dtype)
 

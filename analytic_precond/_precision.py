@@ -30,6 +30,13 @@ def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Te
     return torch.full((), value, dtype=dtype, device=device)
 
 
+def outlives(made: Tensor) -> bool:
+    """Whether what a call has made may be kept: nothing of a trace or of torch.func's transforms, which end with it."""
+    if torch.compiler.is_compiling():
+        return True
+    return type(made) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(made)
+
+
 class TableOnDevices:
     """A table on the CPU that no module holds, with its copies on other devices, each made once."""
 
@@ -44,7 +51,7 @@ class TableOnDevices:
         if device not in self._copies:
             with torch.inference_mode(False):  # for autograd, too
                 copied = place(self.table, device, self.table.dtype)
-            if type(copied) is not Tensor:  # one of a trace
+            if not outlives(copied):
                 return copied
             self._copies[device] = copied
         return self._copies[device]

@@ -15,6 +15,7 @@ from .._conditions import Condition, Ownership, on_device, plain
 from .._modules import Wrapper, modules_of, tensors_of
 from ..noise_levels.grids import log_noise_levels
 from ..teachers.denoiser import Denoiser
+from ..teachers.guidance import GuidedDenoiser
 from ..teachers.networks import noise_range_of
 from .memory import BatchSize
 from .sources import Batch
@@ -101,6 +102,15 @@ class BatchConditions:
         self.ownership.check(keywords, len(batch.x))
         told: Condition = on_device(keywords, batch.x.device)
         return told
+
+
+def warn_if_guided(denoiser: Denoiser) -> None:
+    """Warn of a guided teacher, whose ODE does not carry the law of the noisy data."""
+    if any(isinstance(module, GuidedDenoiser) for module in modules_of(denoiser)):
+        warn_caller(
+            "the teacher is guided, and s_method = 'transport' takes for granted that its ODE carries the law of the "
+            "noisy data: pass s_method='jvp' or 'finite-difference'."
+        )
 
 
 def warn_if_training(denoiser: Denoiser) -> None:

@@ -12,7 +12,15 @@ from tqdm.auto import tqdm
 from .._checks import check_callable, check_choice, check_count
 from .._conditions import Condition
 from .._precision import wide_dtype
-from ..data.arguments import BatchConditions, check_request, device_of, levels_for, name_of, warn_if_training
+from ..data.arguments import (
+    BatchConditions,
+    check_request,
+    device_of,
+    levels_for,
+    name_of,
+    warn_if_guided,
+    warn_if_training,
+)
 from ..data.memory import BatchSize, largest_batch
 from ..data.processes import processes
 from ..data.sources import open_source, pair_noise, weights_of
@@ -119,6 +127,8 @@ def estimate_statistics(
         name = name_of(denoiser, description)
         device = device_of(denoiser, data) if device is None else torch.device(device)
         warn_if_training(denoiser)
+        if s_method == "transport":
+            warn_if_guided(denoiser)
         conditions = BatchConditions(condition, denoiser)
         levels = levels.detach().to("cpu", torch.float64)
         measure = Measurement(denoiser, l_method, s_method, batch_size)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._precision import TableModule
+from .._precision import TableModule, outlives
 from .float32_integrals import float32_integrals, float32_tables
 from .splines import Array
 
@@ -138,7 +138,7 @@ class IntegralTable(TableModule):
             polynomials = torch.stack([l, ln_L, -(ln_L + ln_S), N], 1) * powers[:, None, None]
             middle = torch.arange(_CELLS, dtype=l.dtype, device=l.device) + 0.5
             rows = torch.cat([polynomials.flatten(0, 1), self.running.T, middle[None]]).T.contiguous()
-        if not rows.requires_grad:
+        if not rows.requires_grad and outlives(rows):
             self.register_buffer("_rows", rows, persistent=False)
             self._rows_of = tuple((table, table._version) for table in tables)
         return rows

@@ -19,6 +19,8 @@ from torch import Tensor
 from .._checks import check_level, check_positive
 from .._precision import wide_dtype
 
+_INTEGERS = (torch.int32, torch.int64)
+
 
 class Rates(NamedTuple):
     r"""Derivatives of a schedule in its own time: what `Schedule.rates` returns.
@@ -230,6 +232,7 @@ def with_slope(function: Callable[[Tensor], Tensor], time: Tensor) -> tuple[Tens
 
 
 def wide(value: Tensor, name: str) -> Tensor:
-    """Return a time or noise level, checked to be one, in the widest dtype of its device."""
-    check_level(value, name)
+    """Return a time or noise level, checked to be one, in the widest dtype of its device; a time may be an integer."""
+    if not (name == "time" and isinstance(value, Tensor) and value.dtype in _INTEGERS):
+        check_level(value, name)
     return value.to(wide_dtype(value.device))

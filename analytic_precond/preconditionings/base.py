@@ -7,7 +7,6 @@ from t to t changes nothing, and $D = x_t - t\, \partial_s x_s |_{s = t}$.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -78,9 +77,9 @@ class Preconditioning(FixedPrecisionModule):
         """The coefficients' shape at one pair of levels: of a sample or its modes; ``()`` where one pair serves all."""
         return ()
 
-    @abstractmethod
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels of one shape, in their dtype: float64, or a device's float32."""
+        raise NotImplementedError(f"{type(self).__name__} must say coefficients(t, s), which forward and jump go by.")
 
     if TYPE_CHECKING:  # torch's own is untyped
 
@@ -269,7 +268,7 @@ class Preconditioning(FixedPrecisionModule):
 
     def _wide(self, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return the coefficients in the widest dtype that the levels' device has, after all checks."""
-        return self.coefficients(*self._levels(t, s))
+        return Scalings(*self.coefficients(*self._levels(t, s)))
 
     def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the levels in that dtype and of one shape; t is NaN where they are not valid and nobody may look."""

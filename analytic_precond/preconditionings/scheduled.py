@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .._checks import all_true
 from .._precision import place, wide_dtype
 from ..noise_levels.network_scalings import input_scale
 from ..noise_levels.per_sample import expand_to, one_per_sample
@@ -34,6 +35,7 @@ class ScheduledPreconditioning(nn.Module):
 
     Raises:
         TypeError: If ``schedule`` is not a `Schedule`.
+        ValueError: From its methods, if a time (on the CPU) is none of the schedule's.
     """
 
     def __init__(self, precond: Preconditioning, schedule: Schedule) -> None:
@@ -116,6 +118,14 @@ class ScheduledPreconditioning(nn.Module):
     def _level(self, time: Tensor) -> Tensor:
         """Return noise levels; of times that are rounded ends of the preconditioning's range, those ends."""
         level = self.schedule.noise_level(time)
+        low, high = self.schedule.noise_range or (0.0, math.inf)
+        known = (level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))
+        if all_true(known) is False:
+            index = int((~known).flatten().nonzero()[0])
+            raise ValueError(
+                f"times must be the schedule's own, with noise levels from {low:.4g} to {high:.4g}, got "
+                f"{time.flatten()[index]:g}: they are counted without its time_scale, and are no noise levels."
+            )
         for end in (self.precond.sigma_min, self.precond.sigma_max):
             if end in (0.0, math.inf):
                 continue

@@ -28,6 +28,12 @@ from ..preconditionings.base import Preconditioning
 NoiseConditioning = Callable[[Tensor], Tensor]
 
 
+def _is_denoiser(network: object) -> bool:
+    """Whether it is one of this library's, which say what levels they know, or EDM's or EDM2's with their scalings."""
+    edm2 = hasattr(network, "sigma_data") and hasattr(network, "unet")
+    return edm2 or hasattr(network, "noise_range") or hasattr(network, "round_sigma")
+
+
 class Student(NetworkWrapper):
     """A preconditioning, and a raw network or a denoiser, called ``network`` in both cases."""
 
@@ -46,10 +52,10 @@ class Student(NetworkWrapper):
         sigma_data: float = 0.5,
         noise_conditioning: NoiseConditioning | None = None,
     ) -> None:
-        if hasattr(network, "noise_range"):  # the adapters, guided and exact denoisers say which levels they know
+        if _is_denoiser(network):
             raise TypeError(
                 f"network must be a raw network, got {type(network).__name__}, which is a denoiser already: write "
-                f"{type(self).__name__}.from_denoiser(denoiser, precond)."
+                f"{type(self).__name__}.from_denoiser(denoiser, precond), or pass the network inside."
             )
         self._build(network, precond, "network", self._network_takes)
         if noise_conditioning is not None and not callable(noise_conditioning):
@@ -161,6 +167,15 @@ def takes(function: object, positional: int, *, alone: bool = False) -> bool:
     except ValueError:  # has no signature
         return True
     return True
+
+
+def third_argument(function: object) -> str:
+    """Return the name of a function's or a module's third positional argument, as far as it says."""
+    try:
+        names = list(inspect.signature(getattr(function, "forward", function)).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return ""
+    return names[2] if len(names) > 2 else ""
 
 
 def student_behind(student: object) -> Student | None:

@@ -15,7 +15,9 @@ from .._checks import all_true, check_not_negative
 from .._precision import place
 from ..noise_levels.per_sample import one_per_sample
 from ..preconditionings.base import ROUNDING, Preconditioning
-from .base import NoiseConditioning, Student, takes
+from .base import NoiseConditioning, Student, takes, third_argument
+
+_CONDITIONS = ("class_labels", "labels", "label", "y", "context", "cond", "condition", "encoder_hidden_states")
 
 
 class ConsistencyTrajectoryModel(Student):
@@ -80,6 +82,11 @@ class ConsistencyTrajectoryModel(Student):
                 f"the denoiser must take a second noise level, as denoiser(x, t, s), got {type(denoiser).__name__}, "
                 f"which does not: name the keyword under which its network is told s, target_time=..., or take a "
                 f"ConsistencyModel."
+            )
+        if target_time is None and third_argument(denoiser) in _CONDITIONS:
+            raise TypeError(
+                f"the denoiser's third argument must be the second noise level, got {third_argument(denoiser)} of "
+                f"{type(denoiser).__name__}: pass a function lambda x, t, s, **condition: ... that tells the network s."
             )
         if target_time is not None and not isinstance(target_time, str):
             raise TypeError(f"target_time must be the name of a keyword, got {target_time!r}.")

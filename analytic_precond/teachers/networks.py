@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._checks import check_answer, check_callable, check_tensor
 from .._conditions import expanded, on_device, plain
 from .._modules import NetworkWrapper, modules_of
-from .._precision import wide_dtype
+from .._precision import outlives, wide_dtype
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import EDMSchedule, Schedule
 from .denoiser import Denoiser
@@ -92,9 +92,11 @@ class NetworkDenoiser(NetworkWrapper):
         float_dtype = torch.promote_types(x.dtype, torch.float32)
         z = (expand_to(c_in, x).to(float_dtype) * x).to(self._network_dtype(x.dtype))
 
-        self.condition = on_device(self.condition, z.device)  # stays there: one copy for all calls
+        own = on_device(self.condition, z.device)
+        if own is not self.condition and outlives(z):
+            self.condition = own  # stays there: one copy for all calls
         # len(x) would fix it in an export
-        told = {**expanded(self.condition, x.shape[0]), **on_device(plain(condition), z.device)}
+        told = {**expanded(own, x.shape[0]), **on_device(plain(condition), z.device)}
         output = self._call_network(z, c_noise, told)
         float_dtype = torch.promote_types(float_dtype, output.dtype)
         c_skip, c_out = (expand_to(c, x).to(float_dtype) for c in (c_skip, c_out))

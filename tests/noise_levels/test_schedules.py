@@ -191,6 +191,22 @@ class TestDiscrete:
             VPDiscreteSchedule(tensor(0.9, 0.5), timesteps=timesteps)  # type: ignore[arg-type]
         assert VPDiscreteSchedule(tensor(0.9, 0.5), timesteps=torch.tensor([999, 0]).flip(0)).noise_range
 
+    def test_alphas_in_the_place_of_their_products_are_refused(self) -> None:
+        alphas = 1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"more noise than data, got 0\.98: .* pass alphas\.cumprod\(0\)"):
+            VPDiscreteSchedule(alphas)
+        assert VPDiscreteSchedule(alphas.cumprod(0)).noise_range[1] == pytest.approx(157.4, abs=0.1)  # the advice
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+    def test_integer_times(self, dtype: torch.dtype) -> None:
+        index = torch.tensor([0, 500, 999], dtype=dtype)
+        expected = ((1 - DDPM[index.long()]) / DDPM[index.long()]).sqrt()
+        for times in (index, index.float()):
+            torch.testing.assert_close(self.schedule.noise_level(times), expected, rtol=1e-12, atol=0)
+        for wrong in (self.schedule.time, self.schedule.network_time):  # a level is no index
+            with pytest.raises(TypeError):
+                wrong(index)
+
     def test_table_is_copied(self) -> None:
         table = tensor(0.9, 0.5)
         schedule = VPDiscreteSchedule(table)

@@ -269,3 +269,19 @@ class TestModule:
 
     def test_float_levels_follow_the_tables_to_their_device(self) -> None:
         assert analytic().to("meta")(5.0, 1.0).c_out.device.type == "meta"
+
+
+class Minimal(ap.Preconditioning):
+    """A preconditioning that returns a plain tuple."""
+
+    def coefficients(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return s / t, 1 - s / t
+
+
+def test_a_subclass_may_return_a_tuple() -> None:
+    x, D = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    own, ctm = Minimal(0.5), ap.CTMPreconditioning()
+    torch.testing.assert_close(own.jump(x, D, 5.0, 1.0), ctm.jump(x, D, 5.0, 1.0))
+    torch.testing.assert_close(own.on_network(5.0, 1.0), ctm.on_network(5.0, 1.0))
+    with pytest.raises(NotImplementedError, match=r"Preconditioning must say coefficients\(t, s\)"):
+        ap.Preconditioning(0.5)(5.0, 1.0)

@@ -18,6 +18,7 @@ T = torch.tensor([80.0, 9.0, 2.0, 0.5], dtype=torch.float64)
 S = torch.tensor([0.01, 5.0, 2.0, 0.1], dtype=torch.float64)
 X_T = T[:, None] * torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 D = PROBLEM.denoiser(X_T, T)
+TABLE = ap.VPDiscreteSchedule((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0))
 FIT: dict[str, Any] = {"num_trajectories": 32, "progress": False}
 
 
@@ -176,6 +177,11 @@ def test_is_a_module_that_travels() -> None:
         (lambda p: p.on_schedule(ap.RectifiedFlowSchedule()).jump(X_T, D[:2], 0.5, 0.1), ValueError, r"shape"),
         (lambda p: p.on_schedule(ap.RectifiedFlowSchedule()).jump(X_T, D, T[:2] / 90, 0.1), ValueError,
          r"time_t must hold one noise level per sample"),
+        (lambda p: p.on_schedule(TABLE)(1000, 0), ValueError,
+         r"own, with noise levels from 0\.01 to 157\.4, got 1000: they are counted without its time_scale"),
+        (lambda p: p.on_schedule(TABLE)(5, -1), ValueError, r"got -1"),
+        (lambda p: p.on_schedule(TABLE).jump(X_T, D, 10, torch.tensor([0, 5, 7, 1500])), ValueError, r"got 1500"),
+        (lambda p: p.on_schedule(ap.RectifiedFlowSchedule())(100.0, 500.0), ValueError, r"from 0 to inf, got 100"),
     ],
 )  # fmt: skip
 def test_bad_input(call: Any, error: type[Exception], message: str) -> None:

@@ -242,6 +242,18 @@ def test_default_levels_stay_inside_what_the_denoiser_knows() -> None:
     assert ap.sample_one_step(model, X).shape == X.shape
 
 
+class Scaled(nn.Module):
+    """What EDM's and EDM2's networks with their scalings have."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in names:
+            setattr(self, name, nn.Identity())
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None) -> Tensor:
+        return x
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -249,6 +261,10 @@ def test_default_levels_stay_inside_what_the_denoiser_knows() -> None:
          r"a raw network, got NetworkDenoiser, which is a denoiser already: write ConsistencyModel\.from_denoiser\("),
         (lambda d, p: ap.ConsistencyModel(ap.guide(d, d, 2.0), p), TypeError, r"GuidedDenoiser, which is a denoiser"),
         (lambda d, p: ap.ConsistencyTrajectoryModel(ap.GaussianDenoiser(1.0), p), TypeError, r"is a denoiser already"),
+        (lambda d, p: ap.ConsistencyModel(Scaled("round_sigma"), p), TypeError, r"Scaled, which is a denoiser"),
+        (lambda d, p: ap.ConsistencyTrajectoryModel(Scaled("sigma_data", "unet"), p), TypeError, r"the network inside"),
+        (lambda d, p: ap.ConsistencyTrajectoryModel.from_denoiser(Scaled("round_sigma"), p), TypeError,
+         r"third argument must be the second noise level, got class_labels of Scaled: pass a function lambda x, t, s"),
         (lambda d, p: ap.ConsistencyModel.from_denoiser(3, p), TypeError,
          r"denoiser must be callable as denoiser\(x, t\), got int: pass an nn\.Module or a function"),
         (lambda d, p: ap.ConsistencyTrajectoryModel.from_denoiser(3, p), TypeError, r"as denoiser\(x, t, s\), got int"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -147,6 +150,38 @@ class TestGuidance:
             guide(ap.GaussianDenoiser(1.0), None, 2.0)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="unconditional denoiser must return"):
             guide(lambda x, t: x, lambda x, t: x[:1], 2.0)(self.x, self.t)
+
+
+def test_statistics_leave_the_teacher_as_it_was() -> None:
+    """With the null label of the unconditional half, which torch.func's transforms must not wrap for good."""
+    network = Shifted()
+    null = denoiser_from_edm(network, class_labels=torch.zeros(1, 5))
+    guided = guide(denoiser_from_edm(network), null, 2.0)
+    data, labels = rand(8, 1, 2, 2).float(), torch.eye(5)[torch.arange(8) % 5]
+    ap.estimate_statistics(
+        guided,
+        torch.utils.data.TensorDataset(data, labels),
+        ap.log_noise_levels(4),
+        8,
+        s_method="jvp",
+        condition=lambda label: {"class_labels": label},
+        progress=False,
+    )
+    t = torch.ones(8)
+    assert torch.equal(copy.deepcopy(guided)(data, t, class_labels=labels), guided(data, t, class_labels=labels))
+    assert type(null.condition["class_labels"]) is Tensor
+    pickle.dumps(guided)
+
+
+def test_the_default_s_method_is_warned_of() -> None:
+    guided = guide(lambda x, t: x / 2, lambda x, t: x / 3, 2.0)
+    options: dict[str, Any] = {"levels": ap.log_noise_levels(4), "num_samples": 8, "progress": False}
+    with pytest.warns(UserWarning, match=r"the teacher is guided.*s_method='jvp' or 'finite-difference'"):
+        ap.estimate_statistics(guided, rand(8, 2), **options)
+    for s_method in ("jvp", "finite-difference"):  # the advice
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ap.estimate_statistics(guided, rand(8, 2), s_method=s_method, **options)
 
 
 def test_what_would_be_silently_wrong_is_refused() -> None:
