@@ -116,9 +116,11 @@ class GuidedDenoiser(Wrapper):
         dtype = torch.promote_types(x.dtype, torch.float32)
         if isinstance(scale, Tensor):
             if scale.shape not in {(), (1,), x.shape[:1]}:
+                fixed = isinstance(self.scale, Tensor)
+                advice = "for batches of any size write scale=None, and guidance_scale= at calls"
                 raise ValueError(
                     f"the guidance scale must hold one number per sample, shape {tuple(x.shape[:1])}, got "
-                    f"{tuple(scale.shape)}: for batches of any size write scale=None, and guidance_scale= at calls."
+                    f"{tuple(scale.shape)}: {advice if fixed else 'or be one number for all'}."
                 )
             scale = expand_to(place(scale, x.device, dtype), x)
         w = scale + self.offset

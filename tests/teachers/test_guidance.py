@@ -190,6 +190,8 @@ def test_what_would_be_silently_wrong_is_refused() -> None:
         guide(lambda x, t, **c: x, exact, 2.0, shared=("class_label",))(x, t, class_labels=x)
     with pytest.raises(ValueError, match=r"guidance scale must hold one number per sample, shape \(4,\), got \(3,\)"):
         guide(exact, exact, torch.ones(3))(x, t)
+    with pytest.raises(ValueError, match=r"got \(3,\): or be one number for all"):
+        guide(exact, exact, None)(x, t, guidance_scale=torch.ones(3))
     with pytest.raises(TypeError, match="shared must be a tuple of names, got None"):
         guide(exact, exact, 2.0, shared=None)  # type: ignore[arg-type]
     c, u = (lambda x, t: x), (lambda x, t: 0 * x)
