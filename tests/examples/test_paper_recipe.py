@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import runpy
+import shlex
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkout import ROOT
 from filelock import FileLock
 from paper_runs import (
     CLASSES,
@@ -80,6 +83,20 @@ def test_one_process_from_the_start_to_samples(tmp_path: Path, here: Any) -> Non
         images = sorted((tmp_path / "run" / "samples-000000004" / f"steps-{steps:02}").glob("000000/*.png"))
         assert [path.name for path in images] == [f"{seed:06}.png" for seed in range(5)]
         assert np.asarray(Image.open(images[0])).shape == (8, 8, 3)
+
+
+def test_the_pages_dry_run_of_own_images(tmp_path: Path, here: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two commands, as they are written, from the folder above."""
+    page = (RECIPE / "README.md").read_text().split("First a dry run")[1]
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", page.split("\n## ")[0], flags=re.DOTALL | re.MULTILINE)
+    commands = [shlex.split(line) for line in block.replace("\\\n", "").splitlines()]
+    write_teacher(tmp_path / "network-snapshot-200000.pkl", "cifar10_unconditional", 16)
+    write_data(tmp_path / "images.zip", 16, None)
+    monkeypatch.chdir(tmp_path)
+    for python, script, *options in commands:
+        assert python == "python"
+        here([str(ROOT / script), *options])
+    assert len([*(tmp_path / "runs" / "dry").glob("samples-000000004/steps-0[12]/*/*.png")]) == 2 * 8
 
 
 @pytest.mark.parametrize("conditional", [False, True])

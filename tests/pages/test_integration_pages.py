@@ -770,6 +770,28 @@ def test_lcm() -> None:
     assert (at_zero[0] == 1).all()
     assert (at_zero[1] == 0).all()
 
+    # students of the teacher's weights, of one time and of two, start as the conditional teacher, not as the guided one
+    class TwoTimes(TextToImage):
+        def __init__(self) -> None:
+            super().__init__()
+            self.target = nn.Linear(1, 4)
+
+        def forward(self, sample: Tensor, timestep: Tensor, *, s: Tensor, **told: Any) -> Any:
+            return super().forward(sample + self.target(s[:, None] / 1000)[:, :, None, None], timestep, **told)
+
+    precond, levels = namespace["precond"], torch.tensor([9.0, 1.0, 0.5])
+    x, told = noise * 9, {"encoder_hidden_states": namespace["prompt_embeds"][:1]}
+    ap.initialize_from_teacher(network := TwoTimes(), unet, zero=["target"])
+    two = ap.ConsistencyTrajectoryModel.from_denoiser(
+        ap.denoiser_from_diffusers(network, noise_scheduler), precond, target_time="s"
+    )
+    for student, ends in ((namespace["student"], namespace["student"].sigma_min), (two, levels / 3)):
+        ends = torch.as_tensor(ends).expand(3)
+        started = student(x, levels, ends, **told)
+        conditional = precond.jump(x, namespace["teacher_for"](told["encoder_hidden_states"])(x, levels), levels, ends)
+        torch.testing.assert_close(started, conditional, rtol=1e-4, atol=1e-4)
+        assert (started - precond.jump(x, namespace["teacher"](x, levels), levels, ends)).abs().max() > 0.01
+
     # TCD's scheduler makes CTM's jump
     tcd = diffusers.TCDScheduler(**betas)
     tcd.set_timesteps(4)
