@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from statistics import median
 
@@ -63,7 +64,7 @@ def explain(
 
 def explain_time_scale(
     denoiser: Denoiser,
-    exact: Callable[[Tensor, Tensor, float], Tensor],
+    exact: Callable[..., Tensor],
     schedule: Schedule | None,
     x: Tensor,
     t: Tensor,
@@ -81,8 +82,8 @@ def explain_time_scale(
             return torch.full_like(x, torch.nan)
 
     own = _schedule_of(denoiser)
-    theirs = [(scale, answers(lambda x, t, scale=scale: exact(x, t, scale))) for scale in _time_scales(schedule)]
-    ours = [(scale, answers(_rescaled(denoiser, scale))) for scale in _time_scales(own)]
+    theirs = [(scale, answers(partial(exact, time_scale=scale))) for scale in _time_scales(schedule)]
+    ours = [(scale, answers(partial(_asked, denoiser, scale))) for scale in _time_scales(own)]
     size = x.flatten(2).double().square().mean(-1).sqrt()
     for (told, answer), (asked, expected) in product(ours, theirs):
         if bool(((answer - expected).flatten(2).double().square().mean(-1).sqrt() <= rtol * size).all()):
@@ -100,7 +101,8 @@ def explain_time_scale(
                     f"the reference gets the schedule's own time. It is given what the network is told, "
                     f"{schedule.time_scale:g} times that: divide by {schedule.time_scale:g} inside the reference"
                 )
-            return f"They agree if {', and if '.join(words)}."
+            if words:
+                return f"They agree if {', and if '.join(words)}."
     return None
 
 
@@ -118,12 +120,14 @@ def _time_scales(schedule: Schedule | None) -> list[float]:
     return [1.0] if isinstance(schedule, EDMSchedule | VPDiscreteSchedule) else [1.0, 1000.0, 999.0]
 
 
-def _rescaled(denoiser: Denoiser, time_scale: float) -> Denoiser:
-    if not (isinstance(denoiser, NetworkDenoiser) and isinstance(denoiser.scalings, PredictionScalings)):
-        return denoiser
-    other = copy.copy(denoiser)
-    other.scalings = replace(denoiser.scalings, schedule=replace(denoiser.scalings.schedule, time_scale=time_scale))
-    return other
+def _asked(denoiser: Denoiser, time_scale: float, x: Tensor, t: Tensor) -> Tensor:
+    """Return the answer of a denoiser whose network is told times under another ``time_scale``."""
+    own = _schedule_of(denoiser)
+    if own and isinstance(denoiser, NetworkDenoiser) and own.time_scale != time_scale:
+        denoiser = copy.copy(denoiser)
+        assert isinstance(denoiser.scalings, PredictionScalings)
+        denoiser.scalings = replace(denoiser.scalings, schedule=replace(own, time_scale=time_scale))
+    return denoiser(x, t)
 
 
 def _square(difference: Tensor) -> float:

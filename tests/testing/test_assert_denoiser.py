@@ -225,6 +225,22 @@ def test_score_sdes_factor() -> None:
     assert_denoiser(right, EXACT, X_0)
 
 
+def test_a_wrong_time_may_be_refused_and_batches_told_apart_at_some_levels_only() -> None:
+    """A table's network cannot be asked at other times, and one level for all of a batch is no matter of time_scale."""
+
+    def network(z: Tensor, time: Tensor) -> Tensor:
+        if time.max() > 1:
+            raise ValueError("time")
+        first = torch.where(time > 0.5, time[:1], time)
+        return 0.9 * flow_network(z, time) if time.max() > 0.99 else flow_network(z, first)
+
+    with pytest.raises(AssertionError, match="RMS difference") as caught:
+        assert_denoiser(
+            ap.denoiser_from_network(network, "velocity", FLOW), EXACT, X_0, torch.tensor([200.0, 3.0, 1.0, 0.1])
+        )
+    assert "They agree" not in str(caught.value)
+
+
 def test_arguments() -> None:
     with pytest.raises(TypeError, match="x_0 must be a floating-point tensor"):
         assert_denoiser(EXACT, EXACT, torch.ones(2, 2, dtype=torch.int64))
