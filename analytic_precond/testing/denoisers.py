@@ -14,7 +14,7 @@ from ..noise_levels.schedules import Schedule
 from ..noise_levels.vp_schedules import VPDiscreteSchedule
 from ..teachers.denoiser import Denoiser
 from ..teachers.networks import noise_range_of
-from .mistakes import explain
+from .mistakes import explain, explain_time_scale
 
 
 def assert_denoiser(
@@ -31,18 +31,20 @@ def assert_denoiser(
 
     Samples of one batch get different noise levels from the denoiser, the same from the reference. If answers differ,
     the error says where and by how much, and which of the usual mistakes would make this of the reference's answers:
-    time in the wrong direction, sigma told for an index, a missing $1 / \alpha$, x for $\alpha x$, the sign of the
-    prediction, epsilon for v.
+    time in the wrong direction or off by ``time_scale``, sigma told for an index, a missing $1 / \alpha$, x for
+    $\alpha x$, the sign of the prediction, epsilon for v.
 
     Args:
         denoiser: ``denoiser(x, t)``, for example from `denoiser_from_network`, or your own. It gets
             $x = x_0 + t n$, and what is compared is in the same units.
         reference: Their prediction of the clean data, ``reference(x, t)``; with a schedule
-            ``reference(alpha x, time)``, in that code's own variable and time, one for all samples of a call.
+            ``reference(alpha x, time)``: the input and the time that the network gets, one time for all samples of a
+            call. That is `Schedule.network_time`, with ``time_scale`` in it: with 1000, a formula that counts from 0
+            to 1 divides it by 1000.
         x_0: Clean samples, on the network's device and in the data's dtype. Shape ``(B, ...)``.
         levels: Decreasing noise levels. Shape ``(K,)``. Default: 12 over what denoiser or schedule know, else from
             0.002 to 80; with a table, on its levels.
-        schedule: The reference's, if it wants its own variable.
+        schedule: The reference's, if it wants its own variable and the network's time.
         rtol: What is allowed, relative to the RMS of x. Networks in half precision need 1e-2.
         seed: Of the noise n.
 
@@ -72,7 +74,7 @@ def assert_denoiser(
     num = len(t)
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed)).to(x_0)
 
-    def exact(x: Tensor, t: Tensor) -> Tensor:
+    def exact(x: Tensor, t: Tensor, time_scale: float | None = None) -> Tensor:
         if schedule is None:
             return reference(x, t)
         time = schedule.network_time(t.double())
@@ -80,6 +82,8 @@ def assert_denoiser(
             nearest = schedule.timesteps[(time[:, None] - schedule.timesteps.to(time)).abs().argmin(1)].to(time)
             time = torch.where((time - nearest).abs() < 1e-3, nearest, time)  # what float32 levels make of it
         time = time if not time.is_floating_point() else time.to(t.dtype)
+        if time_scale not in (None, schedule.time_scale):
+            time = time * (time_scale / schedule.time_scale)
         return reference(expand_to(schedule.alpha(schedule.time(t)), x).to(x.dtype) * x, time)
 
     level = t.to(x_0.dtype).expand(num, len(x_0))
@@ -100,7 +104,9 @@ def assert_denoiser(
         else:
             rows = (relative > rtol).any(1).nonzero()[:, 0]
             rows = rows[:: max(1, len(rows) // 4)]  # enough to tell mistakes apart
-            why = explain(denoiser, exact, schedule, x[rows], level[rows], got[rows], expected[rows])
+            why = explain_time_scale(denoiser, exact, schedule, x[rows], level[rows], rtol) or explain(
+                denoiser, exact, schedule, x[rows], level[rows], got[rows], expected[rows]
+            )
     k, i = divmod(int(relative.argmax()), len(x_0))
     raise AssertionError(
         f"the denoiser must give the reference's clean data within {rtol:g} of x, got an RMS difference of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +29,7 @@ class Jumps:
         self, precond: Coefficients, levels: Tensor | None, target: float | None, sigma_data: float | None
     ) -> None:
         self.precond = precond
-        self.edm = None if sigma_data is None else EDMPreconditioning(sigma_data)
+        self.sigma_data = sigma_data
         if target is None and isinstance(precond, CMPreconditioning):
             target = precond.sigma_min
         self.target = target
@@ -48,6 +49,12 @@ class Jumps:
     def ends(self, s: Tensor) -> Tensor:
         """Return the levels to reach, which may only be one."""
         return s if self.target is None else torch.full_like(s, self.target)
+
+    def on(self, sigma_data: float | None) -> Jumps:
+        """Return the same jumps, taken for coefficients on the denoiser, or on a network of this ``sigma_data``."""
+        other = copy.copy(self)
+        other.sigma_data = sigma_data
+        return other
 
     def pairs(self, some: bool = False) -> tuple[Tensor, Tensor]:
         """Return all pairs of levels that jumps join, each with itself first, or some 64 of them."""
@@ -82,6 +89,20 @@ class Jumps:
 
         return self._in_pieces(differentiate, t, s)
 
+    def read_out(self) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Return t, $t\, \partial_s c_{skip}$ and $-t\, \partial_s c_{out}$ at s = t by autograd, both 1 if right."""
+        t = self.dense()
+        slopes = self.slopes(t, t, "s")
+        return t, self.column(t) * slopes.c_skip, -self.column(t) * slopes.c_out
+
+    def read_out_of_values(self, h: float = 1e-3) -> tuple[Tensor, Tensor]:
+        """Return the two by differences of values over jumps as short as h t, to the second order."""
+        t = self.dense()
+        t = t[t * (1 - 2 * h) >= self.levels[-1]]
+        here, near, far = (self(t, (1 - k * h) * t) for k in range(3))
+        skip, out = ((3 * a - 4 * b + c) / (2 * h) for a, b, c in zip(here, near, far, strict=True))
+        return skip, -out
+
     def column(self, levels: Tensor) -> Tensor:
         """Return levels shaped to multiply their coefficients."""
         return levels.reshape((*levels.shape, *[1] * len(self.tail or ())))
@@ -101,7 +122,13 @@ class Jumps:
             first_line = str(error).partition("\n")[0]
             raise AssertionError(f"call: it must take {shapes}, got {type(error).__name__}: {first_line}") from error
         if not (isinstance(answer, tuple | list) and len(answer) == 2 and all(isinstance(c, Tensor) for c in answer)):
-            raise AssertionError(f"call: it must return two tensors, c_skip and c_out, got {type(answer).__name__}.")
+            got = type(answer).__name__
+            if isinstance(answer, tuple | list):
+                got += f" of ({', '.join(type(c).__name__ for c in answer)})"
+            raise AssertionError(
+                f"call: it must return two tensors, c_skip and c_out, got {got}. Levels come as tensors: compute with "
+                f"them as they are, without .item(), float() or numpy."
+            )
         levels = torch.broadcast_shapes(t.shape, s.shape)
         if self.target is not None and answer[1].shape == t.shape and t.shape != levels:  # formulas of t alone
             answer = [c.expand(levels) if c.shape == t.shape else c for c in answer]
@@ -115,8 +142,8 @@ class Jumps:
             if t.dtype == torch.float64 and c.dtype != torch.float64:
                 raise AssertionError(f"dtype: float64 levels must give float64 coefficients, got {name} in {c.dtype}.")
         c_skip, c_out = answer
-        if self.edm is not None:
-            edm = self.edm(self.column(t))
+        if self.sigma_data is not None:
+            edm = EDMPreconditioning(self.sigma_data)(self.column(t))
             c_out = c_out / edm.c_out
             c_skip = c_skip - c_out * edm.c_skip
         return Scalings(c_skip, c_out)

@@ -6,9 +6,12 @@ what it answers to a wrong time or a wrong input is known too, and what becomes 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from statistics import median
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from ..noise_levels.per_sample import expand_to
 from ..noise_levels.schedules import EDMSchedule, RectifiedFlowSchedule, Schedule, TrigFlowSchedule
-from ..noise_levels.vp_schedules import VPLinearSchedule
+from ..noise_levels.vp_schedules import VPDiscreteSchedule, VPLinearSchedule
 from ..teachers.denoiser import Denoiser
 from ..teachers.networks import NetworkDenoiser
 from ..teachers.predictions import PredictionScalings
@@ -36,9 +39,8 @@ def explain(
     if schedule is not None:
         schedules = [schedule]
     else:
-        scalings = denoiser.scalings if isinstance(denoiser, NetworkDenoiser) else None
-        own = [scalings.schedule] if isinstance(scalings, PredictionScalings) else []
-        schedules = [*own, VPLinearSchedule(), RectifiedFlowSchedule(), EDMSchedule()]
+        own = _schedule_of(denoiser)
+        schedules = [*([own] if own else []), VPLinearSchedule(), RectifiedFlowSchedule(), EDMSchedule()]
     per_level = [
         [
             (words, _square(answer - mistaken) / _square(answer - right))  # what is left of the misfit
@@ -55,9 +57,77 @@ def explain(
         return f"It is what comes out if {words}."
     return (
         "None of the usual mistakes alone does that (epsilon, v, velocity or x_0 taken for another, a wrong sign, time "
-        "in the wrong direction, sigma for an index, a missing 1 / alpha, x for alpha x): another schedule, or a "
-        "network that is not in eval mode?"
+        "in the wrong direction or off by time_scale, sigma for an index, a missing 1 / alpha, x for alpha x): another "
+        "schedule, or a network that is not in eval mode?"
     )
+
+
+def explain_time_scale(
+    denoiser: Denoiser,
+    exact: Callable[..., Tensor],
+    schedule: Schedule | None,
+    x: Tensor,
+    t: Tensor,
+    rtol: float,
+) -> str | None:
+    """Return which ``time_scale`` makes both agree, if one does: of the network, of the reference's time, or of both.
+
+    They are asked, not modelled: what a network says far beyond its times follows from nothing.
+    """
+
+    def answers(function: Denoiser) -> Tensor:
+        try:
+            return torch.stack([function(*row) for row in zip(x, t, strict=True)])
+        except Exception:  # a time that it refuses
+            return torch.full_like(x, torch.nan)
+
+    own = _schedule_of(denoiser)
+    theirs = [(scale, answers(partial(exact, time_scale=scale))) for scale in _time_scales(schedule)]
+    ours = [(scale, answers(partial(_asked, denoiser, scale))) for scale in _time_scales(own)]
+    size = x.flatten(2).double().square().mean(-1).sqrt()
+    for (told, answer), (asked, expected) in product(ours, theirs):
+        if bool(((answer - expected).flatten(2).double().square().mean(-1).sqrt() <= rtol * size).all()):
+            words = []
+            if own and told != own.time_scale:
+                words.append(
+                    f"the network is told another time: build the denoiser with a schedule of time_scale={told:g}"
+                )
+            if schedule and asked != schedule.time_scale == 1:
+                words.append(
+                    f"the reference gets {asked:g} times the time: give a schedule of time_scale={asked:g} here"
+                )
+            elif schedule and asked != schedule.time_scale:
+                words.append(
+                    f"the reference gets the schedule's own time. It is given what the network is told, "
+                    f"{schedule.time_scale:g} times that: divide by {schedule.time_scale:g} inside the reference"
+                )
+            if words:
+                return f"They agree if {', and if '.join(words)}."
+    return None
+
+
+def _schedule_of(denoiser: Denoiser) -> Schedule | None:
+    scalings = denoiser.scalings if isinstance(denoiser, NetworkDenoiser) else None
+    return scalings.schedule if isinstance(scalings, PredictionScalings) else None
+
+
+def _time_scales(schedule: Schedule | None) -> list[float]:
+    """Return a schedule's own, and what it may have been confused with: the usual ones, of flows and of Score-SDE."""
+    if schedule is None:
+        return [1.0]
+    if schedule.time_scale != 1:
+        return [schedule.time_scale, 1.0]
+    return [1.0] if isinstance(schedule, EDMSchedule | VPDiscreteSchedule) else [1.0, 1000.0, 999.0]
+
+
+def _asked(denoiser: Denoiser, time_scale: float, x: Tensor, t: Tensor) -> Tensor:
+    """Return the answer of a denoiser whose network is told times under another ``time_scale``."""
+    own = _schedule_of(denoiser)
+    if own and isinstance(denoiser, NetworkDenoiser) and own.time_scale != time_scale:
+        denoiser = copy.copy(denoiser)
+        assert isinstance(denoiser.scalings, PredictionScalings)
+        denoiser.scalings = replace(denoiser.scalings, schedule=replace(own, time_scale=time_scale))
+    return denoiser(x, t)
 
 
 def _square(difference: Tensor) -> float:
@@ -103,6 +173,9 @@ def _wrong_times(schedule: Schedule, times: Tensor, t: Tensor) -> Iterator[tuple
     if isinstance(schedule, TrigFlowSchedule):
         ends = ends * torch.pi / 2
     yield ends.sum() - times, "time runs in the wrong direction: data and noise at each other's ends"
+    if ends.max() < 2:
+        scale = schedule.time_scale if schedule.time_scale != 1 else 1000.0
+        yield times / scale, f"the network is told the schedule's time where it wants time_scale={scale:g} times that"
     for told, words in ((t, "sigma"), (t.log() / 4, "ln(sigma) / 4"), (times / ends.max(), "a time from 0 to 1")):
         inside = told.clamp(ends.min(), ends.max()).to(t.dtype)
         yield inside, f"the network is told {words} where it wants the time or index of its schedule"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..preconditionings.base import Preconditioning
+from .advice import ROUGHLY, read_out_advice
 from .jumps import Coefficients, Jumps
 
 # of a step of 0.01 in lambda and the larger of a coefficient and its slope; smooth ones reach 1e-5 of it
 _SMOOTH = 1e-3
-_ROUGHLY = 1e-3  # float32 rounds a slope by less; and where it is wrong by more, no jump is short enough to be measured
 _FEW = 0.1  # of the steps where slope and change disagree: a jump or a corner, not a wrong derivative
 
 
@@ -72,7 +72,7 @@ def assert_preconditioning(
     _check_finite(jumps)
     _check_boundary(jumps)
     unsmooth = _check_slopes(jumps)
-    _check_read_out(jumps, max(rtol, _ROUGHLY))
+    _check_read_out(jumps, max(rtol, ROUGHLY))
     _check_precision(jumps, rtol)
     _check_read_out(jumps, rtol)
     if unsmooth is not None:
@@ -180,31 +180,10 @@ def _check_beside_the_diagonal(jumps: Jumps, t: Tensor, s: Tensor, rtol: float, 
 def _check_read_out(jumps: Jumps, rtol: float) -> None:
     if jumps.target is not None:
         return
-    t = jumps.dense()
-    slopes = jumps.slopes(t, t, "s")
-    skip, out = jumps.column(t) * slopes.c_skip, -jumps.column(t) * slopes.c_out  # both 1
+    t, skip, out = jumps.read_out()
     for name, ratio in (("-t d/ds c_out", out), ("t d/ds c_skip", skip)):
-        jumps.compare(f"read-out: {name}", ratio, 1.0, rtol, t, t, _read_out_advice(skip, out, rtol))
-
-
-def _read_out_advice(skip: Tensor, out: Tensor, rtol: float) -> str:
-    def all_are(value: float, ratio: Tensor) -> bool:
-        return bool(((ratio - value).abs() <= max(rtol, 1e-3)).all())
-
-    rule = "The student's denoiser is read out as x - t d/ds x_s at s = t."
-    if not bool((skip.isfinite() & out.isfinite()).all()):
-        return f"{rule} The slope is not finite there, as that of the root of a square."
-    if all_are(-1.0, skip) and all_are(-1.0, out):
-        return f"{rule} Both have the wrong sign: t and s are swapped."
-    if all_are(0.0, skip) and not all_are(1.0, out):
-        return f"{rule} c_skip is flat at s = t, like EDM's and LCM's scalings of t - s, which are for one target."
-    name, ratio = ("c_skip", skip) if all_are(1.0, out) else ("c_out", out)
-    low, high = ratio.min().item(), ratio.max().item()
-    if all_are(high, ratio):
-        return (
-            f"{rule} {name} has {high:.4g} times the slope at all levels: a factor, as sigma_data, is missing or extra."
-        )
-    return f"{rule} {name} has {low:.3g} to {high:.3g} times the slope: a square root or a power is missing or extra."
+        if not bool(((ratio - 1).abs() <= rtol).all()):
+            jumps.compare(f"read-out: {name}", ratio, 1.0, rtol, t, t, read_out_advice(jumps, rtol))
 
 
 def _check_broadcast(jumps: Jumps, rtol: float) -> None:

@@ -145,6 +145,102 @@ def test_data_at_the_other_end_is_time_in_the_wrong_direction() -> None:
         assert_denoiser(denoiser, EXACT, X_0)
 
 
+def flow_1000(z: Tensor, time: Tensor) -> Tensor:
+    """The velocity, data less noise, of a network that counts from noise at 0 to data at 1000."""
+    tau = column(time / 1000, z)
+    return (EXACT(z / tau, (1 / tau - 1)[:, 0].clamp(min=0.0)) - z) / (1 - tau)
+
+
+def in_the_schedules_time(z: Tensor, tau: Tensor) -> Tensor:
+    return z + (1 - column(tau, z)) * flow_1000(z, 1000 * tau)
+
+
+def in_the_networks_time(z: Tensor, time: Tensor) -> Tensor:
+    return in_the_schedules_time(z, time / 1000)
+
+
+UNSCALED, SCALED = (ap.RectifiedFlowSchedule(data_at=1, time_scale=scale) for scale in (1, 1000))
+RIGHT_FLOW, FORGOTTEN = (ap.denoiser_from_network(flow_1000, "velocity", of) for of in (SCALED, UNSCALED))
+
+
+def forgotten_by_hand(x: Tensor, t: Tensor) -> Tensor:
+    tau = 1 / (1 + t)
+    z = column(tau, x) * x
+    return z + (1 - column(tau, x)) * flow_1000(z, tau)
+
+
+# a denoiser and a reference that differ, what is said, and the same with the advice followed
+TIME_SCALES: dict[str, tuple[Any, Any, ap.Schedule | None, str, Any, Any, ap.Schedule | None]] = {
+    "a reference in the schedule's time": (
+        RIGHT_FLOW, in_the_schedules_time, SCALED, "the reference gets the schedule's own time. It is given what the ",
+        RIGHT_FLOW, lambda z, time: in_the_schedules_time(z, time / 1000), SCALED,
+    ),
+    "a reference's schedule": (
+        RIGHT_FLOW, in_the_networks_time, UNSCALED, "give a schedule of time_scale=1000 here",
+        RIGHT_FLOW, in_the_networks_time, SCALED,
+    ),
+    "a network's, against EDM's": (
+        FORGOTTEN, EXACT, None, "build the denoiser with a schedule of time_scale=1000", RIGHT_FLOW, EXACT, None,
+    ),
+    "a network's": (
+        FORGOTTEN, in_the_schedules_time, UNSCALED, "build the denoiser with a schedule of time_scale=1000.",
+        RIGHT_FLOW, in_the_schedules_time, UNSCALED,
+    ),
+    "both": (
+        FORGOTTEN, in_the_networks_time, UNSCALED, "time_scale=1000, and if the reference gets 1000 times the time: ",
+        RIGHT_FLOW, in_the_networks_time, SCALED,
+    ),
+    "one too many": (
+        ap.denoiser_from_network(flow_network, "velocity", ap.RectifiedFlowSchedule(time_scale=1000)), EXACT, None,
+        "build the denoiser with a schedule of time_scale=1.", RIGHT["flow"][0], EXACT, None,
+    ),
+    "by hand": (
+        forgotten_by_hand, in_the_networks_time, SCALED,
+        "the network is told the schedule's time where it wants time_scale=1000 times that",
+        lambda x, t: in_the_schedules_time(column(1 / (1 + t), x) * x, 1 / (1 + t)), in_the_networks_time, SCALED,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TIME_SCALES)
+def test_a_time_off_by_a_factor(name: str) -> None:
+    denoiser, reference, schedule, words, mended, its, on = TIME_SCALES[name]
+    with pytest.raises(AssertionError) as caught:
+        assert_denoiser(denoiser, reference, X_0, schedule=schedule)
+    assert words in str(caught.value)
+    assert_denoiser(mended, its, X_0, schedule=on, rtol=1e-3)  # float32 divides by 1 - tau
+
+
+def test_score_sdes_factor() -> None:
+    linear = ap.VPLinearSchedule()
+
+    def network(z: Tensor, label: Tensor) -> Tensor:
+        tau = label.double() / 999
+        t, alpha = linear.noise_level(tau).float(), column(linear.alpha(tau), z)
+        return (z / alpha - EXACT(z / alpha, t)) / column(t, z)
+
+    with pytest.raises(AssertionError, match="schedule of time_scale=999"):
+        assert_denoiser(ap.denoiser_from_network(network, "epsilon", linear), EXACT, X_0)
+    right = ap.denoiser_from_network(network, "epsilon", ap.VPLinearSchedule(time_scale=999))
+    assert_denoiser(right, EXACT, X_0)
+
+
+def test_a_wrong_time_may_be_refused_and_batches_told_apart_at_some_levels_only() -> None:
+    """A table's network cannot be asked at other times, and one level for all of a batch is no matter of time_scale."""
+
+    def network(z: Tensor, time: Tensor) -> Tensor:
+        if time.max() > 1:
+            raise ValueError("time")
+        first = torch.where(time > 0.5, time[:1], time)
+        return 0.9 * flow_network(z, time) if time.max() > 0.99 else flow_network(z, first)
+
+    with pytest.raises(AssertionError, match="RMS difference") as caught:
+        assert_denoiser(
+            ap.denoiser_from_network(network, "velocity", FLOW), EXACT, X_0, torch.tensor([200.0, 3.0, 1.0, 0.1])
+        )
+    assert "They agree" not in str(caught.value)
+
+
 def test_arguments() -> None:
     with pytest.raises(TypeError, match="x_0 must be a floating-point tensor"):
         assert_denoiser(EXACT, EXACT, torch.ones(2, 2, dtype=torch.int64))

@@ -178,6 +178,85 @@ def test_what_is_planted_is_named(precond: Function, options: dict[str, Any], me
     assert re.match(message, str(caught.value)), str(caught.value)
 
 
+def euler(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    return s / t, (t - s) / t
+
+
+def euler_on_network(sigma_data: float) -> Function:
+    def precond(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        total = t**2 + sigma_data**2
+        return (t * s + sigma_data**2) / total, sigma_data * (t - s) / total.sqrt()
+
+    return precond
+
+
+def with_where(precond: Function) -> Function:
+    def cut(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        c_skip, c_out = precond(t, s)
+        return torch.where(s == t, 1.0, c_skip), torch.where(s == t, 0.0, c_out)
+
+    return cut
+
+
+def returns_early(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    return (torch.ones_like(t), torch.zeros_like(t)) if torch.equal(t, s) else euler(t, s)
+
+
+def on_epsilon(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ones_like(s / t), s - t
+
+
+def epsilon_on_denoiser(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """What the advice makes of it."""
+    c_skip, c_out = on_epsilon(t, s)
+    return c_skip + c_out / t, -c_out / t
+
+
+# what is planted, what is said, and the same with the advice followed
+ADVISED: dict[str, tuple[Function, dict[str, Any], str, Function, dict[str, Any]]] = {
+    "no sigma_data": (euler_on_network(D), {}, "say sigma_data=0.5.", euler_on_network(D), {"sigma_data": 0.5}),
+    "no sigma_data, 1": (euler_on_network(1.0), {}, "say sigma_data=1.", euler_on_network(1.0), {"sigma_data": 1.0}),
+    "no sigma_data, 1/3": (
+        euler_on_network(1 / 3), {}, "say sigma_data=0.33333333.", euler_on_network(1 / 3), {"sigma_data": 0.33333333},
+    ),
+    "another sigma_data": (
+        euler_on_network(D), {"sigma_data": 1.0}, "say sigma_data=0.5, not 1.", euler_on_network(D), {"sigma_data": D},
+    ),
+    "sigma_data of a denoiser": (euler, {"sigma_data": D}, "on the denoiser: leave sigma_data out.", euler, {}),
+    "where": (with_where(euler), {}, "The values are right, but the gradient of c_skip and c_out at s = t ", euler, {}),
+    "where, on a network": (
+        with_where(euler_on_network(D)), {"sigma_data": D}, "The values are right", euler_on_network(D),
+        {"sigma_data": D},
+    ),
+    "an early return": (returns_early, {}, "as by torch.where, relu or an early return at t == s. Le", euler, {}),
+    "relu": (lambda t, s: (s / t, (t - s).relu() / t), {}, "the gradient of c_out at s = t is cut off", euler, {}),
+    "1.0001": (
+        lambda t, s: (s / t, 1.0001 * (t - s) / t), {}, "c_out has 1.0001 times the slope at all levels", euler, {},
+    ),
+    "1.000005": (
+        lambda t, s: (1 - 1.000005 * (t - s) / t, (t - s) / t), {}, "c_skip has 1.000005 times the slope", euler, {},
+    ),
+    "noise": (
+        lambda t, s: (s / t, (t - s) / t * (1 + 1e-7 * t)), {}, "a larger rtol= is meant",
+        lambda t, s: (s / t, (t - s) / t * (1 + 1e-7 * t)), {"rtol": 1e-4},
+    ),
+    "epsilon": (on_epsilon, {}, "They multiply epsilon = (x_t - D) / t. On the den", epsilon_on_denoiser, {}),
+    "epsilon, with sigma_data": (on_epsilon, {"sigma_data": D}, "They multiply epsilon", epsilon_on_denoiser, {}),
+    "floats": (lambda t, s: (0.5, 0.5), {}, "got tuple of (float, float). Levels come as tensors", euler, {}),
+    "None": (lambda t, s: (s / t, None), {}, "got tuple of (Tensor, NoneType)", euler, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("precond", "options", "words", "mended", "its"), ADVISED.values(), ids=ADVISED.keys())
+def test_advice_that_is_followed_passes(
+    precond: Function, options: dict[str, Any], words: str, mended: Function, its: dict[str, Any]
+) -> None:
+    with pytest.raises(AssertionError) as caught:
+        assert_preconditioning(precond, **options, backend=None)
+    assert words in str(caught.value)
+    assert_preconditioning(mended, **its, backend=None)
+
+
 class Powers(nn.Module):
     """A right preconditioning for every power near 1, which a table, buffer or attribute holds."""
 
