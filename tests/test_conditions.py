@@ -379,7 +379,9 @@ class TestBuiltWith:
             alone = ap.heun_solve(teacher, self.x[one], levels, 0, stop[one], prompt=prompts[one])
             torch.testing.assert_close(together[one], alone)
         data = torch.utils.data.TensorDataset(self.x, prompts)
-        ap.estimate_statistics(teacher, data, LEVELS, 10, 3, progress=False, condition=lambda p: {"prompt": p})
+        ap.estimate_statistics(
+            teacher, data, LEVELS, 10, 3, s_method="jvp", progress=False, condition=lambda p: {"prompt": p}
+        )
 
     @pytest.mark.parametrize("num", [1, 5])
     def test_nested_and_compiled(self, num: int) -> None:

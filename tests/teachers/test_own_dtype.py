@@ -236,6 +236,7 @@ def test_the_module_behind_a_function_is_found(behind: Callable[[Model], Any]) -
     assert network_dtype(denoiser, torch.float16) == torch.float64
     data = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     kwargs: dict[str, Any] = {"levels": torch.tensor([2.0, 1.0]), "num_samples": 8, "progress": False}
+    kwargs["s_method"] = "finite-difference"  # for guided ones
     with pytest.warns(UserWarning, match=r"training mode, with Dropout and a dropout of 0\.5"):
         ap.estimate_statistics(denoiser, data, **kwargs)
     with warnings.catch_warnings():
