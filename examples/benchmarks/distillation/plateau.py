@@ -211,7 +211,7 @@ def main() -> None:
         compared = {name: compare(results, CONFIG, problem, name) for name in names}
         figures = {
             "alignment": draw_alignment(results, CONFIG, problem),
-            "ratios": draw_ratios(compared, f"{problem}, on the plateau: values over CTM's"),
+            "ratios": draw_ratios(compared, f"{problem}, long training: values over CTM's"),
         }
         for name, figure in figures.items():
             figure.savefig(images / f"{CONFIG.name}_{problem}_{name}.png", dpi=100)
