@@ -106,7 +106,7 @@ class BatchConditions:
 
 def warn_if_guided(denoiser: Denoiser) -> None:
     """Warn of a guided teacher, whose ODE does not carry the law of the noisy data."""
-    if any(isinstance(module, GuidedDenoiser) for module in modules_of(denoiser)):
+    if any(isinstance(module, GuidedDenoiser) and module.guides for module in modules_of(denoiser)):
         warn_caller(
             "the teacher is guided, and s_method = 'transport' takes for granted that its ODE carries the law of the "
             "noisy data: pass s_method='jvp' or 'finite-difference'."

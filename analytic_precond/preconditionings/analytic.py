@@ -66,7 +66,7 @@ class EulerStepPreconditioning(Preconditioning):
 
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels (docs/method.md, section 3)."""
-        if t.numel() > _AT_ONCE and may_read(t):
+        if may_read(t) and t.numel() > _AT_ONCE:
             pieces = zip(t.flatten().split(_AT_ONCE), s.flatten().split(_AT_ONCE), strict=True)
             whole = (torch.cat(parts) for parts in zip(*(self.coefficients(*piece) for piece in pieces), strict=True))
             return Scalings(*(c.reshape((*t.shape, *self.coefficient_shape)) for c in whole))

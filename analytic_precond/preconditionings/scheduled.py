@@ -118,13 +118,12 @@ class ScheduledPreconditioning(nn.Module):
     def _level(self, time: Tensor) -> Tensor:
         """Return noise levels; of times that are rounded ends of the preconditioning's range, those ends."""
         level = self.schedule.noise_level(time)
-        low, high = self.schedule.noise_range or (0.0, math.inf)
-        known = (level >= low * (1 - 1e-6)) & (level <= high * (1 + 1e-6))
+        known = level >= 0  # not so of NaN
         if all_true(known) is False:
             index = int((~known).flatten().nonzero()[0])
             raise ValueError(
-                f"times must be the schedule's own, with noise levels from {low:.4g} to {high:.4g}, got "
-                f"{time.flatten()[index]:g}: they are counted without its time_scale, and are no noise levels."
+                f"times must be the schedule's own, counted without its time_scale and short of an end of pure noise, "
+                f"got {time.flatten()[index]:g}, a noise level of {level.flatten()[index]:g}."
             )
         for end in (self.precond.sigma_min, self.precond.sigma_max):
             if end in (0.0, math.inf):

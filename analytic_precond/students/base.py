@@ -29,9 +29,10 @@ NoiseConditioning = Callable[[Tensor], Tensor]
 
 
 def _is_denoiser(network: object) -> bool:
-    """Whether it is one of this library's, which say what levels they know, or EDM's or EDM2's with their scalings."""
-    edm2 = hasattr(network, "sigma_data") and hasattr(network, "unet")
-    return edm2 or hasattr(network, "noise_range") or hasattr(network, "round_sigma")
+    """Whether it is one of this library's, or EDM's or EDM2's with their scalings, told by what only these have."""
+    network = getattr(network, "module", network)
+    edm2 = hasattr(network, "logvar_fourier") and hasattr(network, "sigma_data")
+    return edm2 or any(hasattr(network, name) for name in ("noise_range", "scalings", "round_sigma"))
 
 
 class Student(NetworkWrapper):

@@ -95,6 +95,11 @@ class GuidedDenoiser(Wrapper):
         self.shared = shared
 
     @property
+    def guides(self) -> bool:
+        """Whether this is more than one of the two denoisers by itself, as far as a number tells."""
+        return not isinstance(self.scale, int | float) or self.scale + self.offset not in (0, 1)
+
+    @property
     def noise_range(self) -> tuple[float, float] | None:
         """The lowest and the highest noise level that both denoisers know, as for `NetworkDenoiser`, or None."""
         return noise_range_of(self)

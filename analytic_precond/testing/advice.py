@@ -23,6 +23,11 @@ def read_out_advice(jumps: Jumps, rtol: float) -> str:
             return known
     if _all_are(-1.0, skip, rtol) and _all_are(-1.0, out, rtol):
         return f"{_RULE} Both have the wrong sign: t and s are swapped."
+    if _all_are(1.0, skip) and _all_are(-1.0, out, rtol):
+        return f"{_RULE} c_out has the wrong sign."
+    power = skip.max().item()
+    if _all_are(power, skip) and _all_are(power, out) and not (_all_are(0.0, skip) or _all_are(1.0, skip)):
+        return f"{_RULE} Both have {power:.4g} times the slope: it is a power of s / t that should be s / t."
     if _all_are(0.0, skip) and not _all_are(1.0, out):
         return f"{_RULE} c_skip is flat at s = t, like EDM's and LCM's scalings of t - s, which are for one target."
     name, ratio = ("c_skip", skip) if _all_are(1.0, out, rtol) else ("c_out", out)

@@ -245,3 +245,20 @@ def test_many_levels_at_once_are_those_of_few(theta: float) -> None:
     assert torch.equal(many.c_out, torch.stack([jumps.c_out for jumps in few]))
     assert torch.equal(slope(many), sum(slope(jumps) for jumps in few))
     assert torch.equal(torch.vmap(precond)(t, s).c_out, many.c_out)
+
+
+@pytest.mark.long
+def test_many_levels_are_exported_for_any_number() -> None:
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.precond = build(1.0, 30)
+
+        def forward(self, t: Tensor, s: Tensor) -> Tensor:
+            return self.precond(t, s).c_out
+
+    batch = torch.export.Dim("batch")
+    t, s = torch.tensor([[5.0, 6.0], [1.0, 2.0]])
+    exported = torch.export.export(Both(), (t, s), dynamic_shapes=({0: batch}, {0: batch})).module()
+    many = torch.full((5000,), 5.0), torch.full((5000,), 1.0)
+    torch.testing.assert_close(exported(*many), build(1.0, 30)(*many).c_out)

@@ -182,6 +182,9 @@ def test_the_default_s_method_is_warned_of() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             ap.estimate_statistics(guided, rand(8, 2), s_method=s_method, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no guidance, no warning
+        ap.estimate_statistics(guide(lambda x, t: x / 2, lambda x, t: x / 3, 1.0), rand(8, 2), **options)
 
 
 def test_what_would_be_silently_wrong_is_refused() -> None:

@@ -154,6 +154,11 @@ PLANTED: dict[str, tuple[Function, dict[str, Any], str]] = {
     ),
     "detached in t only": (lambda t, s: (s / t.detach(), 1 - s / t.detach()), {}, r"gradients: d/dt c_skip: got 0"),
     "NaN in a corner": (nan_in_a_corner, {}, r"finite: c_out: got nan, .* at t = 80, s = 0\.002"),
+    "a power": (
+        lambda t, s: ((s / t) ** 0.5, 1 - (s / t) ** 0.5), {},
+        r"read-out: .*Both have 0\.5 times the slope: it is a power of s / t that should be s / t",
+    ),
+    "the sign of c_out": (lambda t, s: (s / t, s / t - 1), {}, r"read-out: .*c_out has the wrong sign"),
     "t and s swapped": (lambda t, s: (t / s, 1 - t / s), {}, r"read-out: .*Both have the wrong sign: t and s are swa"),
     "a step": (with_a_step, {}, r"smooth: d/ds c_skip: .* at t = 80, s = 0\.0998\d* It has a step or a corner|smooth"),
     "a root of a square": (
