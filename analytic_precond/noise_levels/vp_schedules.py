@@ -155,7 +155,7 @@ class VPDiscreteSchedule(_VariancePreserving):
     Beyond the table the last intervals go on, but a network is told the nearest time of the table.
 
     Args:
-        alphas_cumprod: $\bar\alpha$, strictly decreasing inside (0, 1). Shape ``(T,)``, T at least 2.
+        alphas_cumprod: $\bar\alpha$, strictly decreasing inside (0, 1), to 0.9 at most. Shape ``(T,)``, T at least 2.
         quantize: Tell the network a time of the table, the nearest in $\ln t$, instead of one between, in the dtype of
             ``timesteps`` (int64 for indices) when ``time_scale`` is 1.
         timesteps: The times of the table, strictly increasing, instead of 0, 1, ...: what a network is told on a
