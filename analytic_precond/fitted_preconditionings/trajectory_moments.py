@@ -198,7 +198,7 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
         for x, level in zip(points.bend, grid, strict=True):  # bends become states, in place
             x.add_(torch.lerp(points.denoised[0], start.x, level / grid[0]))
         states, E = points.bend.flatten(1), torch.empty_like(points.bend)
-        xx = _added((wide @ wide.T,) for x in states.chunk(_PIECES, 1) for wide in [x.to(wide_dtype(x.device))])[0]
+        xx = _added((_square(x),) for x in states.chunk(_PIECES, 1))[0]
         Ex, EE = xx.new_zeros(K, K, K), xx.new_zeros(K, K)
         for i, (x, denoised) in enumerate(zip(*points, strict=True)):
             for k in range(i, K):

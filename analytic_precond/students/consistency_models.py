@@ -83,9 +83,9 @@ class ConsistencyTrajectoryModel(Student):
                 f"which does not: name the keyword under which its network is told s, target_time=..., or take a "
                 f"ConsistencyModel."
             )
-        if target_time is None and third_argument(denoiser) in _CONDITIONS:
+        if target_time is None and (third := third_argument(denoiser)) in _CONDITIONS:
             raise TypeError(
-                f"the denoiser's third argument must be the second noise level, got {third_argument(denoiser)} of "
+                f"the denoiser's third argument must be the second noise level, got {third} of "
                 f"{type(denoiser).__name__}: pass a function lambda x, t, s, **condition: ... that tells the network s."
             )
         if target_time is not None and not isinstance(target_time, str):

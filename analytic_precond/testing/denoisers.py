@@ -14,7 +14,7 @@ from ..noise_levels.schedules import Schedule
 from ..noise_levels.vp_schedules import VPDiscreteSchedule
 from ..teachers.denoiser import Denoiser
 from ..teachers.networks import noise_range_of
-from .mistakes import explain, explain_time_scale
+from .mistakes import explain, explain_time_scale, rms
 
 
 def assert_denoiser(
@@ -94,12 +94,12 @@ def assert_denoiser(
             rows = (first + samples) % num
             got[rows, samples] = _answer(denoiser, "denoiser", x[rows, samples], level[rows, samples])
         expected = torch.stack([_answer(exact, "reference", *row) for row in zip(x, level, strict=True)])
-        size, difference = (v.flatten(2).double().square().mean(-1).sqrt() for v in (x, got - expected))
+        size, difference = rms(x), rms(got - expected)
         relative = (difference / size).nan_to_num(nan=torch.inf)
         if bool((relative <= rtol).all()):
             return
         alone = torch.stack([_answer(denoiser, "denoiser", *row) for row in zip(x, level, strict=True)])
-        if bool(((alone - expected).flatten(2).double().square().mean(-1).sqrt() <= rtol * size).all()):
+        if bool((rms(alone - expected) <= rtol * size).all()):
             why = "Where all samples of a batch have one level it is right: it tells all of them the first one's."
         else:
             rows = (relative > rtol).any(1).nonzero()[:, 0]

@@ -149,9 +149,16 @@ class Jumps:
         return Scalings(c_skip, c_out)
 
     def compare(
-        self, what: str, got: Tensor, expected: Tensor | float, allowed: Tensor | float, t: Tensor, s: Tensor, why: str
+        self,
+        what: str,
+        got: Tensor,
+        expected: Tensor | float,
+        allowed: Tensor | float,
+        t: Tensor,
+        s: Tensor,
+        why: str | Callable[[], str],
     ) -> None:
-        """Refuse numbers that are not the expected ones; say the worst, and of which jump."""
+        """Refuse numbers that are not the expected ones; say the worst, of which jump, and why, if a function tells."""
         expected, allowed = (torch.as_tensor(v, dtype=torch.float64, device=got.device) for v in (expected, allowed))
         excess = ((got - expected).abs() - allowed).nan_to_num(nan=torch.inf)
         if bool((excess > 0).any()):
@@ -160,7 +167,8 @@ class Jumps:
             level = index // excess[0].numel()
             raise AssertionError(
                 f"{what}: got {values[0]:.9g}, expected {values[1]:.9g}, off by {abs(values[0] - values[1]):.2g} at "
-                f"t = {t[level].item():.9g}, s = {s[level].item():.9g}. {why}"
+                f"t = {t[level].item():.9g}, s = {s[level].item():.9g}. "
+                f"{why if isinstance(why, str) else why()}"
             )
 
 

@@ -84,9 +84,9 @@ def explain_time_scale(
     own = _schedule_of(denoiser)
     theirs = [(scale, answers(partial(exact, time_scale=scale))) for scale in _time_scales(schedule)]
     ours = [(scale, answers(partial(_asked, denoiser, scale))) for scale in _time_scales(own)]
-    size = x.flatten(2).double().square().mean(-1).sqrt()
+    size = rms(x)
     for (told, answer), (asked, expected) in product(ours, theirs):
-        if bool(((answer - expected).flatten(2).double().square().mean(-1).sqrt() <= rtol * size).all()):
+        if bool((rms(answer - expected) <= rtol * size).all()):
             words = []
             if own and told != own.time_scale:
                 words.append(
@@ -128,6 +128,11 @@ def _asked(denoiser: Denoiser, time_scale: float, x: Tensor, t: Tensor) -> Tenso
         assert isinstance(denoiser.scalings, PredictionScalings)
         denoiser.scalings = replace(denoiser.scalings, schedule=replace(own, time_scale=time_scale))
     return denoiser(x, t)
+
+
+def rms(x: Tensor) -> Tensor:
+    """Return the root mean square of each sample at each level. Shape ``(K, B, ...)`` to ``(K, B)``."""
+    return x.flatten(2).double().square().mean(-1).sqrt()
 
 
 def _square(difference: Tensor) -> float:
