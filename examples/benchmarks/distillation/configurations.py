@@ -170,6 +170,7 @@ PLATEAU = replace(
     problems=(
         Problem("digits", size=8, width=16, iterations=3000, teacher_steps=6000),
         Problem("textures", size=8, width=16, iterations=3000, teacher_steps=6000, num_seeds=5),
+        Problem("textures-long", size=8, width=16, iterations=9000, teacher_steps=6000, num_seeds=3),
         Problem("photographs", size=16, width=16, iterations=3000, teacher_steps=6000, num_seeds=5),
     ),
     methods=(BASELINE, "ctm-variance", "analytic-backward", "least-squares", "shifted", "annealed"),

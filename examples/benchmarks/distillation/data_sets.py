@@ -57,5 +57,6 @@ LOADERS: dict[str, Callable[[int], Tensor]] = {
     "digits": digits,
     "photographs": photographs,
     "textures": textures,
+    "textures-long": textures,  # students train longer
     "spiral": spiral,
 }
