@@ -71,15 +71,10 @@ def checked_target(path: Path, name: str) -> Path:
 
 
 def check_space(folder: Path, num_bytes: int = 0) -> None:
-    """Refuse a folder that no file of so many bytes can be written to, for want of permission or space.
-
-    A quota that the file system does not tell of goes unnoticed until a file is written.
-
-    Raises:
-        OSError: If the folder refuses a file, or has fewer bytes left.
-    """
+    """Raise OSError for a folder that no file of so many bytes can be written to, for want of permission or space."""
     with tempfile.TemporaryFile(dir=folder):
         pass
+    # a quota that the file system does not tell of goes unnoticed until a file is written
     if shutil.disk_usage(folder).free < num_bytes:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -99,8 +94,8 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
     copy what is to stay.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is anything else, or not whole.
+        FileNotFoundError: If there is no file.
+        ValueError: If it is another one.
     """
     path = Path(path)
     if not os.path.exists(path):

@@ -65,17 +65,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command: results go to stdout, all else to stderr.
-
-    Args:
-        arguments: The command's words. Default: those of the process.
-
-    Returns:
-        The exit code: 0 done, 1 compared and found to differ, 2 an error, 130 interrupted, 141 nobody reads on.
-
-    Raises:
-        SystemExit: With 2 if the words are no command, with 0 after ``--help`` and ``--version``.
-    """
+    """Run a command, by default the process's words, and return the exit code: results go to stdout, all else not."""
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)

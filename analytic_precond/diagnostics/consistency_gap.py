@@ -188,13 +188,9 @@ def gap_map(
 
 
 def teacher_trajectory(velocity: Velocity, x: Tensor, levels: Sequence[Tensor], num_steps: int) -> Iterator[Point]:
-    """Return the points of the teacher's ODE through ``x`` at every level, the first included.
+    """Return the points of the teacher's ODE through ``x`` at every level, each ``(B,)`` in the wide dtype.
 
-    Args:
-        velocity: The teacher's.
-        x: Noisy data at ``levels[0]``. Shape ``(B, ...)``.
-        levels: Decreasing noise levels, each of shape ``(B,)`` in the wide dtype.
-        num_steps: Twice the steps of Dormand and Prince from one level to the next; these are uniform in t^(1/7).
+    Half of ``num_steps`` are taken from one level to the next, uniform in t^(1/7).
     """
     per_level = num_steps // 2
     grid = [levels[0]]

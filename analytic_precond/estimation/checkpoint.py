@@ -29,22 +29,7 @@ Packed = tuple[dict[str, Any], dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Request:
-    """What decides the statistics, as far as it can be compared.
-
-    Attributes:
-        levels: The noise levels.
-        num_samples: Noisy samples per level.
-        l_method: Estimator of l.
-        s_method: Estimator of s.
-        seed: Seed of noise and data order.
-        intercept: Whether means are taken out.
-        condition: Whether the teacher has conditions.
-        description: The teacher, in words.
-        data: The data, in words.
-        weights: A fingerprint of the teacher's weights, where it is a module.
-        per_element: Whether every element has coefficients of its own.
-        shards: Number of processes with data of their own; 1 where all have the same.
-    """
+    """What decides the statistics, as far as it can be compared: the arguments of `estimate_statistics`."""
 
     levels: tuple[float, ...]
     num_samples: int
@@ -52,12 +37,12 @@ class Request:
     s_method: str
     seed: int
     intercept: bool
-    condition: bool
+    condition: bool  # whether there is one
     description: str
-    data: str
-    weights: str = ""
+    data: str  # in words
+    weights: str = ""  # a fingerprint, where the teacher is a module
     per_element: bool = False
-    shards: int = 1
+    shards: int = 1  # processes with data of their own; 1 where all have the same
 
     @property
     def num_units(self) -> int:
@@ -72,12 +57,9 @@ class Request:
 
 
 class Checkpoint:
-    """A file with an estimate's state, replaced whole or not at all.
+    """A file with an estimate's state, replaced whole or not at all, every so many batches.
 
-    Args:
-        path: The file.
-        every: Batches from one checkpoint to the next; an attribute too.
-        batch_size: As asked for: another one changes the rounding.
+    Another ``batch_size`` than before changes the rounding, and is told.
     """
 
     def __init__(self, path: str | os.PathLike[str], every: int, batch_size: int | str) -> None:
@@ -88,12 +70,7 @@ class Checkpoint:
         self._path, self._batch_size, self._num_saved = target_of(Path(path)), batch_size, 0
 
     def read(self, request: Request) -> Packed | None:
-        """Return the state in the file, or None where there is no file yet.
-
-        Raises:
-            FileNotFoundError: If the folder does not exist.
-            ValueError: If the file is another one, is damaged, or belongs to another request.
-        """
+        """Return the state in the file, None where there is no file yet; refuse another one, or another request's."""
         if not self._path.parent.is_dir():
             raise FileNotFoundError(
                 f"resume must name a file in an existing folder, got {self._path.parent}: create it first."
@@ -124,11 +101,7 @@ class Checkpoint:
         return header, tensors
 
     def check_space(self, request: Request, sample_size: int, num_open: int) -> None:
-        """Refuse a place without the space that the file comes to need with so many open groups.
-
-        Raises:
-            OSError: If there is too little, or nothing can be written there at all.
-        """
+        """Refuse a place without the space that the file comes to need with so many open groups."""
         remove_leftovers(self._path)
         most = _HEADER_BYTES + 8 * sum(map(math.prod, _shapes(request, sample_size, num_open).values()))
         held = self._path.stat().st_size if self._path.exists() else 0
@@ -139,11 +112,7 @@ class Checkpoint:
             raise self._explained(error, f"{needed} bytes cannot be written beside it") from error
 
     def write(self, request: Request, packed: Packed) -> None:
-        """Replace the file.
-
-        Raises:
-            OSError: If that fails; the file is what it was then.
-        """
+        """Replace the file; if that fails, it is what it was."""
         header, tensors = packed
         try:
             header = {**header, "request": asdict(request), "batch_size": self._batch_size}

@@ -33,12 +33,7 @@ class JacobianProduct:
         self.forward_mode = True
 
     def __call__(self, x: Tensor, t: Tensor, v: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """Return D and the product. Shapes: all (B, ...).
-
-        Raises:
-            RuntimeError: If the teacher has neither derivative.
-            OutOfMemoryError: As it came.
-        """
+        """Return D and the product; out of memory is not taken for a teacher without derivatives. All (B, ...)."""
         if self.forward_mode:
             try:
                 return jvp(self.denoiser, x, t, v, torch.zeros_like(t), condition)
@@ -50,11 +45,7 @@ class JacobianProduct:
         return self._by_vjp(x, t, v, condition)
 
     def _check_reverse_mode(self, x: Tensor, t: Tensor, v: Tensor, condition: Condition) -> None:
-        """Refuse a teacher that hides part of itself from autograd: compare once with a central difference.
-
-        Raises:
-            RuntimeError: If the two disagree.
-        """
+        """Refuse a teacher that hides part of itself from autograd: compare once with a central difference."""
         eps = float(torch.finfo(x.dtype).eps)
         step = eps ** (1 / 3) * t.reshape(-1, *[1] * (x.ndim - 1))
         ahead = self.denoiser(x + step * v, t, **condition).clone()
@@ -85,12 +76,7 @@ class JacobianProduct:
 
 
 def ode_derivative_jvp(denoiser: Denoiser, x: Tensor, t: Tensor, denoised: Tensor, condition: Condition) -> Tensor:
-    r"""Return $dD/d\lambda$ along the ODE, one JVP with tangents $(D - x, -t)$. Shape of ``x``.
-
-    Raises:
-        RuntimeError: If the teacher has no forward-mode derivative.
-        OutOfMemoryError: As it came.
-    """
+    r"""Return $dD/d\lambda$ along the ODE, one JVP with tangents $(D - x, -t)$. Shape of ``x``."""
     try:
         return jvp(denoiser, x, t, denoised - x, -t, condition)[1]
     except RuntimeError as error:

@@ -21,33 +21,20 @@ _ODE_DERIVATIVES = {"jvp": ode_derivative_jvp, "finite-difference": ode_derivati
 
 
 class Measured(NamedTuple):
-    """What came out of consecutive samples of a batch at one level.
+    """What came out of consecutive samples of a batch at one level."""
 
-    Attributes:
-        level: Index of the level.
-        samples: The samples.
-        moments: The pairs' moments, in the wide dtype. Shape ``(B, 7)``.
-        features: E, x (and y) that the moments are made of. Each of shape ``(2, B, d)``.
-    """
-
-    level: int
+    level: int  # its index
     samples: slice
-    moments: Tensor
-    features: list[Tensor]
+    moments: Tensor  # of the pairs, in the wide dtype (B, 7)
+    features: list[Tensor]  # E, x (and y) that they are made of, each (2, B, d)
 
 
 class Answers(NamedTuple):
-    """What the teacher says of rows, each a noisy sample with its level.
-
-    Attributes:
-        D: The estimates of the clean data. Shape of the rows.
-        y: Their derivatives along the ODE, dD/dlambda; None for ``transport``.
-        trace: Estimates of tr dD/dx, one for each row; None for ``stein``, which takes a pair's difference.
-    """
+    """What the teacher says of rows, each a noisy sample with its level."""
 
     D: Tensor
-    y: Tensor | None
-    trace: Tensor | None
+    y: Tensor | None  # dD/dlambda along the ODE; None for transport
+    trace: Tensor | None  # estimates of tr dD/dx, one for each row; None for stein, which takes a pair's difference
 
 
 class Measurement:
@@ -55,12 +42,6 @@ class Measurement:
 
     It is called on *rows*, each a noisy sample with its level. They run through levels, then samples, then the two
     halves of a pair. A call gets as many as ``batch_size`` allows: several levels share one where samples are few.
-
-    Args:
-        denoiser: The teacher.
-        l_method: Estimator of l.
-        s_method: Estimator of s.
-        batch_size: Most rows in a call, or ``"auto"``.
     """
 
     def __init__(self, denoiser: Denoiser, l_method: str, s_method: str, batch_size: BatchSize) -> None:
@@ -75,18 +56,9 @@ class Measurement:
     def __call__(
         self, x_0: Tensor, noise: Tensor, probes: Tensor | None, levels: Tensor, condition: Condition, batch: int
     ) -> Iterator[Measured]:
-        """Measure the pairs ``x_0 ± t noise`` at all levels.
+        """Yield the measurements of the pairs ``x_0 ± t noise``: at each level (on the CPU), its samples in order.
 
-        Args:
-            x_0: Clean samples. Shape ``(B, ...)``.
-            noise: Standard normal noise, in the dtype to compute in. Shape of ``x_0``.
-            probes: Rademacher probes for both halves, or None. Shape ``(2, *x_0.shape)``.
-            levels: The noise levels, on the CPU. Shape ``(K,)``.
-            condition: Keyword arguments of the teacher; they follow the samples (`common`).
-            batch: Number of the batch, for error messages.
-
-        Yields:
-            The measurements: each level's samples in order.
+        The noise is in the dtype to compute in; of Rademacher probes, ``(2, *x_0.shape)``, both halves have their own.
         """
         first = 0
         while first < len(levels):
@@ -182,17 +154,9 @@ def _pairs(x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def _inner_products(x: Tensor, noise: Tensor, t: Tensor, a: Tensor, answers: Answers) -> tuple[Tensor, list[Tensor]]:
-    """Return what the rows' answers are to the statistics.
+    """Return the moments ``(K, B, 7)`` and the features E, x (and y), ``(2, K, B, d)`` each, of the rows x.
 
-    Args:
-        x: The rows.
-        noise: The noise n, in the dtype to compute in, if the teacher's is not wider. Shape ``(B, ...)``.
-        t: The levels. Shape ``(K,)``.
-        a: The part of x in D that is left out of E, at each level. Shape ``(K,)``.
-        answers: What the teacher said of the rows.
-
-    Returns:
-        The moments, shape ``(K, B, 7)``, and the features E, x (and y), shape ``(2, K, B, d)`` each.
+    They are computed in the noise's dtype, if the teacher's is not wider; a is what E leaves out of D at each level.
     """
     K, B = len(t), len(noise)
     halves = [rows.reshape(K, B, 2, -1).movedim(2, 0) for rows in (answers.D, x, answers.y) if rows is not None]

@@ -20,23 +20,14 @@ from .sums import Centering, ElementSums, open_groups
 
 
 class EstimationState:
-    """The sums over the samples seen so far; they add up over processes, and can be kept and taken up again.
-
-    Attributes:
-        request: What was asked for.
-        sample_shape: Shape of one sample; None before there is one.
-        precision: What the teacher is called in.
-        counts: Clean samples per group. Shape ``(G,)``.
-        values: Their moments, summed per group and level. Shape ``(G, K, 7)``.
-        centering: What an intercept needs, or None.
-        elements: The sums of single elements, or None.
-    """
+    """The sums over the samples seen so far; they add up over processes, and can be kept and taken up again."""
 
     def __init__(self, request: Request) -> None:
         groups, num_levels = num_groups(request.num_units), len(request.levels)
         self.request = request
-        self.sample_shape: tuple[int, ...] | None = None
-        self.precision = ""
+        self.sample_shape: tuple[int, ...] | None = None  # of one sample; None before there is one
+        self.precision = ""  # what the teacher is called in
+        # clean samples per group, and their moments summed per group and level
         self.counts = torch.zeros(groups, dtype=torch.float64, device="cpu")
         self.values = torch.zeros(groups, num_levels, len(MOMENTS), dtype=torch.float64, device="cpu")
         self.centering = Centering(request.num_units, num_levels) if request.intercept else None
@@ -48,11 +39,7 @@ class EstimationState:
         return int(self.counts.sum())
 
     def expect(self, sample_shape: tuple[int, ...], precision: str, where: str) -> None:
-        """Take note of what samples are like, the first time; refuse others later.
-
-        Raises:
-            ValueError: If they were different before.
-        """
+        """Take note of what samples are like, the first time; refuse others later."""
         if self.sample_shape is None:
             self.sample_shape, self.precision = sample_shape, precision
         for what, new, old, advice in (
@@ -147,15 +134,7 @@ class EstimationRun:
     Each process has whole groups of samples to itself, so that no sum depends on the number of processes. After every
     batch they wait for each other: all learn of a failure at once, and a checkpoint holds the same batches of all.
 
-    Args:
-        together: The processes.
-        request: What to estimate.
-        source: The clean samples.
-        checkpoint: The file to go on from and to keep, or None.
-
-    Attributes:
-        state: The sums, of this process's share.
-        num_units: Number of clean samples in the share.
+    ``state`` are the sums over this process's share, ``num_units`` its number of clean samples.
     """
 
     def __init__(
@@ -184,18 +163,7 @@ class EstimationRun:
             source.number_from(group_range(groups.start, request.num_units)[0])
 
     def batches(self, batch_size: int, device: torch.device | None) -> Iterator[tuple[int, Batch]]:
-        """Yield the batches that are still to be added to the state, numbered from 0, on the teacher's device.
-
-        Yields:
-            The number and the batch.
-
-        Raises:
-            KeyboardInterrupt: If the process is interrupted; the error tells how to go on.
-            OSError: If the checkpoint cannot be written; nothing has been asked of the teacher yet, or the previous
-                one is intact.
-            RuntimeError: If another process has failed.
-            ValueError: If samples have several shapes.
-        """
+        """Yield the batches that are still to be added to the state, numbered from 0, on the teacher's device."""
         placed = (_placed(batch, device) for batch in self._source.batches(self._ranges, batch_size))
         batch = next(placed, None)
         self._prepare(batch)

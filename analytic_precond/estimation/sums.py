@@ -20,14 +20,11 @@ class ElementSums:
     With the half-difference $h_a = (a_+ - a_-) / 2$ and the mean $m_a = (a_+ + a_-) / 2$ of a feature's two halves:
     $\sum h_a h_b$ and $\sum m_a m_b$ for the `moments.PRODUCTS`, and $\sum m_a$. No groups: that would take 32
     times the memory, so elements have no jackknife errors.
-
-    Attributes:
-        values: The sums; None before there are any. Shape ``(K, parts, d)``.
     """
 
     def __init__(self, num_levels: int) -> None:
         self.num_levels = num_levels
-        self.values: Tensor | None = None
+        self.values: Tensor | None = None  # the sums (K, parts, d), once there are any
 
     def add(self, level: int, features: Sequence[Tensor]) -> None:
         """Add one level's features of some units, each of shape ``(2, B, d)``."""
@@ -65,18 +62,15 @@ class Centering:
 
     From a group's $\sum_i a_i \cdot b_i$ over its $m$ units goes the unbiased estimate of $m\,E[a] \cdot E[b]$ from
     distinct units, $\sum_{i \ne j} a_i \cdot b_j / (m - 1)$ (docs/method.md, section 6).
-
-    Attributes:
-        distinct: $\sum_{i \ne j} a_i \cdot b_j$. Shape ``(G, K, 5)``.
-        open: Per level, the sums of E, x (and y) over a group that is not whole yet. Shapes ``(F, d)``.
-        whole: The same over all whole groups, and what their rounding has left out of it; None before there are any
-            units. On the CPU in float64, shape ``(2, K, F, d)``.
     """
 
     def __init__(self, num_units: int, num_levels: int) -> None:
         self.num_units = num_units
+        # the sums of a_i . b_j over i != j
         self.distinct = torch.zeros(num_groups(num_units), num_levels, NUM_PRODUCTS, dtype=torch.float64, device="cpu")
+        # per level, the sums of E, x (and y) over groups that are not whole yet, (F, d) each
         self.open: list[dict[int, Tensor]] = [{} for _ in range(num_levels)]
+        # those over all whole groups, and what rounding has left out of them, (2, K, F, d) in float64 on the CPU
         self.whole: Tensor | None = None
         self._arriving: list[tuple[int, int, Tensor]] = []  # group and level of products that are still on the device
         self._closing: list[tuple[int, Tensor]] = []  # level of sums over a group that are
@@ -136,18 +130,7 @@ class Centering:
             self.whole.zero_()
 
     def centre(self, counts: Tensor, values: Tensor) -> Tensor:
-        """Centre the same units' moments in place. A group of a single unit, where data ran out, is emptied.
-
-        Args:
-            counts: Units per group. Shape ``(G,)``.
-            values: Moments summed per group. Shape ``(G, K, 7)``.
-
-        Returns:
-            The means of E, x (and y) per level, float64. Shape ``(K, F, d)``.
-
-        Raises:
-            ValueError: If all groups are empty then.
-        """
+        """Centre the same units' moments in place; return the means of E, x (and y) per level. Shape ``(K, F, d)``."""
         for level, opened in enumerate(self.open):
             for group in sorted(opened):
                 self._close(level, group)
@@ -157,6 +140,7 @@ class Centering:
         if not bool((counts > 1).any()):
             raise ValueError("an intercept needs at least 2 clean samples, got 1: pass more data, or no intercept.")
         values[..., 2:] -= self.distinct / (counts - 1).clamp(min=1)[:, None, None]
+        # a group of a single unit, where data ran out, is emptied
         values[counts == 1], counts[counts == 1] = 0, 0
         return means
 

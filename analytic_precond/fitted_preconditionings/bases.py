@@ -21,12 +21,7 @@ _ORTHONORMAL = 1e-5  # what float32 leaves of Q^T Q = I
 
 
 class OrthonormalBasis(FixedPrecisionModule):
-    """A transform Q^T of samples to their modes, and Q back.
-
-    Args:
-        sample_shape: Shape of a sample.
-        mode_shape: Shape of its modes.
-    """
+    """A transform Q^T of samples to their modes, and Q back."""
 
     def __init__(self, sample_shape: Sequence[int], mode_shape: Sequence[int]) -> None:
         super().__init__()
@@ -49,10 +44,6 @@ class CosineBasis(OrthonormalBasis):
     A sample and its modes have one shape, ``(H, W)`` or ``(C, H, W)``: mode (c, k, m) is frequency k across the rows
     and m across the columns. Mixed channels are transformed by the same matrix: of red, green and blue it makes grey
     and two differences of colours.
-
-    Args:
-        sample_shape: Shape of a sample.
-        mix_channels: Transform across channels as well.
     """
 
     rows: Tensor
@@ -92,12 +83,7 @@ class CosineBasis(OrthonormalBasis):
 
 
 class MatrixBasis(OrthonormalBasis):
-    """A basis given by its vectors: modes are numbered, not arranged.
-
-    Args:
-        sample_shape: Shape of a sample of d elements.
-        matrix: The basis vectors as columns. Shape ``(d, d)``, float64.
-    """
+    """A basis given by its vectors, the columns of a float64 matrix ``(d, d)``: modes are numbered, not arranged."""
 
     matrix: Tensor
 
@@ -124,12 +110,7 @@ def cosine_matrix(n: int) -> Tensor:
 
 
 def check_basis(basis: object) -> None:
-    """Refuse anything but ``"dct"``, ``"pca"`` or a square matrix with orthonormal columns.
-
-    Raises:
-        TypeError: If it is of another type.
-        ValueError: If the name is unknown, or the columns are not orthonormal.
-    """
+    """Refuse anything but ``"dct"``, ``"pca"`` or a square matrix with orthonormal columns."""
     if isinstance(basis, str):
         if basis not in ("dct", "pca"):
             raise ValueError(f"basis must be 'dct', 'pca' or an orthonormal matrix, got {basis!r}.")
@@ -149,18 +130,10 @@ def check_basis(basis: object) -> None:
 
 
 def choose_basis(basis: str | Tensor, batches: Sequence[Tensor], smallest: float) -> tuple[OrthonormalBasis, Tensor]:
-    r"""Return a basis for data, and the data's variance in each of its modes.
+    r"""Return a basis for clean samples, one that `check_basis` accepts, and their variance in each of its modes.
 
     ``"dct"`` mixes the channels where that brings the modes closer to independence: where it lowers
-    $\sum_k \ln (c_k + \sigma_{min}^2)$, which no basis brings below PCA's.
-
-    Args:
-        basis: What `check_basis` accepts.
-        batches: Clean samples. Each of shape ``(B, ...)``.
-        smallest: Variance that noise hides.
-
-    Returns:
-        The basis, on the CPU, and the variances, float64 of the modes' shape.
+    $\sum_k \ln (c_k + \sigma_{min}^2)$, which no basis brings below PCA's; ``smallest`` is the variance noise hides.
 
     Raises:
         ValueError: If samples have no such basis.
@@ -183,17 +156,10 @@ def choose_basis(basis: str | Tensor, batches: Sequence[Tensor], smallest: float
 
 
 def tie_modes(variances: Tensor, smallest: float) -> Tensor:
-    r"""Group modes of nearly the same variance: their jumps are nearly the same, for Gaussian data exactly.
+    r"""Return the group of each mode: those of nearly the same variance jump alike, for Gaussian data exactly.
 
     The modes of a channel, or all where there are no channels, fall into bins of equal width in
     $\ln (c_k + \sigma_{min}^2)$; up to 256 groups, and no two modes in one where there are no more than that.
-
-    Args:
-        variances: The data's variances. Shape ``(C, H, W)``, ``(H, W)`` or ``(d,)``.
-        smallest: Variance that noise hides.
-
-    Returns:
-        The group of each mode, numbered from 0. Shape ``(d,)``.
     """
     channels = variances.flatten(1) if variances.ndim == 3 else variances.reshape(1, -1)
     bins = max(1, _MOST_GROUPS // len(channels))

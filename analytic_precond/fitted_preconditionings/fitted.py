@@ -26,13 +26,7 @@ _LARGEST = 1e30  # far beyond any coefficient, and far from where float32 ends
 
 
 class FittedPreconditioning(Preconditioning):
-    """A preconditioning made of a table of jumps.
-
-    Args:
-        table: The coefficients.
-        header: How they were fitted.
-        sigma_data: Standard deviation of the data, for `on_network`.
-    """
+    """A preconditioning made of a table of jumps, and how they were fitted."""
 
     def __init__(self, table: JumpTable, header: FitHeader, sigma_data: float) -> None:
         super().__init__(sigma_data)

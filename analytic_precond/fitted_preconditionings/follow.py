@@ -71,38 +71,20 @@ class FitHeader:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """A teacher's trajectories, to be followed once.
-
-    Attributes:
-        denoiser: The teacher.
-        starts: Where they begin, at the first level.
-        levels: Decreasing noise levels. Shape ``(K,)``, float64 on the CPU.
-        num: How many there are, unless starts run out.
-        pieces: Cuts batches: with ``"auto"``, one that memory cannot hold begins anew in halves.
-        progress: Show a progress bar.
-    """
+    """A teacher's trajectories, to be followed once; with ``"auto"``, what memory cannot hold begins anew in halves."""
 
     denoiser: Denoiser
-    starts: Iterable[Start]
-    levels: Tensor
-    num: int
+    starts: Iterable[Start]  # where they begin, at the first level
+    levels: Tensor  # decreasing, (K,), float64 on the CPU
+    num: int  # unless starts run out
     pieces: Pieces = field(default_factory=lambda: Pieces("auto"))
     progress: bool = False
 
     def follow(self, add: Callable[[Start, Points, Callable[[], object]], None], more_passes: int = 0) -> int:
-        """Follow them batch by batch, and hand each batch on.
+        """Return the number of trajectories, once ``add`` has got each batch.
 
-        Args:
-            add: Called with where a batch began, its points, and what to call after each pass of its own. If memory
-                runs out in it, it is called again with fewer: it is to add all or nothing.
-            more_passes: How many passes that are, per trajectory.
-
-        Returns:
-            The number of trajectories.
-
-        Raises:
-            TypeError: If the teacher does not return a floating-point tensor.
-            ValueError: If it returns another shape, or as ``add`` raises it.
+        It is called with where the batch began, its points, and what to call after each of its own ``more_passes``. If
+        memory runs out in it, it is called again with fewer: it is to add all or nothing.
         """
         grid, count = self.levels.tolist(), 0
         passes = 1 + PASSES_PER_STEP * (len(grid) - 1) + more_passes
@@ -127,19 +109,12 @@ class Trajectories:
 
 @dataclass
 class FitRun:
-    """What a fit was asked for.
+    """What a fit was asked for."""
 
-    Attributes:
-        trajectories: The teacher's, from noised data.
-        header: How the jumps are fitted.
-        sigma_data: Standard deviation of the data.
-        batches: The clean data, where the teacher runs; they can be iterated once, and `hold` keeps them.
-    """
-
-    trajectories: Trajectories
+    trajectories: Trajectories  # from noised data
     header: FitHeader
     sigma_data: float
-    batches: Iterable[Batch]
+    batches: Iterable[Batch]  # clean data, where the teacher runs; they can be iterated once, and `hold` keeps them
 
     def hold(self) -> list[Tensor]:
         """Keep all clean samples in memory, and return them in batches."""

@@ -43,24 +43,14 @@ LEAST_A = 0.5  # an output that hardly moves x_s could not correct it; as agains
 
 
 class Regression(NamedTuple):
-    """Coefficients for all pairs of levels, t first. Shapes ``(G, K, K)``.
+    """Coefficients for all pairs of levels, t first. Shapes ``(G, K, K)``."""
 
-    Attributes:
-        a: Multiplies D.
-        b: Multiplies x_t.
-    """
-
-    a: Array
-    b: Array
+    a: Array  # of D
+    b: Array  # of x_t
 
 
 class JumpTable(SplineTable):
-    """Coefficients of G jumps at a time.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``, float64.
-        control: B-spline coefficients of each jump's (a - 1) / w, then of b / w. Shape ``(K, K, 2 G)``.
-    """
+    """Coefficients of G jumps at a time, from B-splines ``(K, K, 2 G)`` of each jump's (a - 1) / w, then b / w."""
 
     @staticmethod
     def of(levels: Array, a: Array, b: Array, dtype: torch.dtype = torch.float64) -> JumpTable:
@@ -88,17 +78,10 @@ class JumpTable(SplineTable):
 
 
 def regress_samples(moments: TrajectoryMoments, precision: str) -> tuple[Regression, Regression]:
-    """Regress with one pair of coefficients for all elements.
+    """Return one pair of coefficients for all elements, of moments of one group, and their standard errors.
 
     Where D is a multiple of x, as for white Gaussian data, only a combination of a and b is determined: a then keeps
     the 1 of an Euler step, and b makes up for it.
-
-    Args:
-        moments: The moments, of one group.
-        precision: The teacher's dtype, e.g. ``"float32"``.
-
-    Returns:
-        The coefficients and their standard errors, with G = 1.
     """
     euler, floor = np.ones(moments.xx.shape[1:]), Means.of(moments).rounding(precision)
 
@@ -111,15 +94,7 @@ def regress_samples(moments: TrajectoryMoments, precision: str) -> tuple[Regress
 
 
 def regress_groups(moments: TrajectoryMoments, precision: str) -> Regression:
-    r"""Regress with one pair of coefficients per group, a drawn to that of whole samples where it is not determined.
-
-    Args:
-        moments: The moments.
-        precision: The teacher's dtype, e.g. ``"float32"``.
-
-    Returns:
-        The coefficients.
-    """
+    """Return one pair of coefficients per group, a drawn to that of whole samples where it is not determined."""
     # 1. of all elements together, every group's prior
     samples = moments.of_whole_samples()
     (whole, _), means = regress_samples(samples, precision), Means.of(samples)

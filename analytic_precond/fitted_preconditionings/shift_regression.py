@@ -34,30 +34,15 @@ _PULL = 0.005  # of u's square, which decides where the miss does not
 
 
 class ShiftedRegression(NamedTuple):
-    """Coefficients for all pairs of levels, t first; for s > t what continues them smoothly. Shapes ``(K, K)``.
+    """Coefficients for all pairs of levels, t first; for s > t what continues them smoothly. Shapes ``(K, K)``."""
 
-    Attributes:
-        a: Multiplies D.
-        b: Multiplies x_t.
-        rate: u / ln(t / s), between 0 (asked at t) and 1 (at s).
-    """
-
-    a: Array
-    b: Array
-    rate: Array
+    a: Array  # of D
+    b: Array  # of x_t
+    rate: Array  # u / ln(t / s), between 0 (asked at t) and 1 (at s)
 
 
 def regress_shifted(moments: ShiftMoments, precision: str, sigma_data: float) -> ShiftedRegression:
-    """Choose the levels to ask at, and regress.
-
-    Args:
-        moments: The moments.
-        precision: The teacher's dtype, e.g. ``"float32"``.
-        sigma_data: Standard deviation of the data.
-
-    Returns:
-        The coefficients.
-    """
+    """Choose the levels to ask at, and regress."""
     levels, K = moments.levels, len(moments.levels)
     w = np.log(levels[:, None] / levels)
     i, j = np.triu_indices(K, 1)  # the pairs t > s

@@ -33,23 +33,14 @@ _zeros = partial(torch.zeros, dtype=torch.float64, device="cpu")
 
 @dataclass(frozen=True)
 class TrajectoryMoments:
-    """Products averaged over a group's elements, and summed over the trajectories of a block.
+    """Products averaged over a group's elements, and summed over the trajectories of a block."""
 
-    Attributes:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        counts: Trajectories per block; the spread between blocks gives standard errors. Shape ``(N,)``.
-        sizes: Elements per group. Shape ``(G,)``.
-        xx: Products of x_i and x_j. Shape ``(N, G, K, K)``.
-        Ex: Products of E_i and x_j. Shape ``(N, G, K, K)``.
-        EE: Squares of E_i. Shape ``(N, G, K)``.
-    """
-
-    levels: Array
-    counts: Array
-    sizes: Array
-    xx: Array
-    Ex: Array
-    EE: Array
+    levels: Array  # (K,)
+    counts: Array  # trajectories per block (N,), whose spread gives standard errors
+    sizes: Array  # elements per group (G,)
+    xx: Array  # of x_i and x_j, (N, G, K, K)
+    Ex: Array  # of E_i and x_j, (N, G, K, K)
+    EE: Array  # of E_i and E_i, (N, G, K)
 
     def of_whole_samples(self) -> TrajectoryMoments:
         """Return the same with one group: in an orthonormal basis products add up."""
@@ -60,21 +51,13 @@ class TrajectoryMoments:
 
 @dataclass(frozen=True)
 class ShiftMoments:
-    """Products averaged over trajectories and elements.
+    """Products averaged over trajectories and elements; 0 where k < i."""
 
-    Attributes:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        counts: Number of trajectories. Shape ``(1,)``.
-        xx: Products of x_i and x_j. Shape ``(K, K)``.
-        Ex: Products of E_ik and x_j, at ``[i, k, j]``; 0 where k < i. Shape ``(K, K, K)``.
-        EE: Squares of E_ik, at ``[i, k]``; 0 where k < i. Shape ``(K, K)``.
-    """
-
-    levels: Array
-    counts: Array
-    xx: Array
-    Ex: Array
-    EE: Array
+    levels: Array  # (K,)
+    counts: Array  # the number of trajectories (1,)
+    xx: Array  # of x_i and x_j, (K, K)
+    Ex: Array  # of E_ik and x_j, at [i, k, j]
+    EE: Array  # of E_ik and E_ik, at [i, k]
 
 
 def flat(x: Tensor) -> Tensor:
@@ -88,22 +71,15 @@ def trajectory_moments(
     groups: Sequence[Tensor | slice] = (slice(None),),
     to_modes: Callable[[Tensor], Tensor] = flat,
 ) -> TrajectoryMoments:
-    """Follow trajectories, and sum the products of their points.
+    """Return the products of the points of trajectories, in groups of coordinates and blocks that were not left empty.
 
-    Memory: the trajectories of one batch, ``2 K B d`` numbers, and the sums, ``2 N G K^2``, in float64.
+    ``to_modes`` maps samples to coordinates ``(B, d)`` in an orthonormal basis. By default there are as many blocks as
+    statistics have groups. Memory: the trajectories of one batch, ``2 K B d`` numbers, and the sums, ``2 N G K^2``, in
+    float64.
 
     The points are float32 where the teacher is: its rounding, not theirs, is what coefficients then err by (by 1e-4 of
     c_out at small noise on images, and as much with points in float64). Their products are float64: a regression looks
     for the little of E that is no multiple of x, which float32 matrix products, let alone TF32's, would drown.
-
-    Args:
-        trajectories: Those to follow.
-        num_blocks: Number of blocks of consecutive trajectories; by default as many as statistics have groups.
-        groups: The coordinates in each group.
-        to_modes: Maps samples to coordinates in an orthonormal basis. Shapes ``(B, ...)`` to ``(B, d)``.
-
-    Returns:
-        The moments; a block left without trajectories, where starts ran out, is left out.
     """
     levels, K, G = trajectories.levels, len(trajectories.levels), len(groups)
     N = num_groups(trajectories.num) if num_blocks is None else num_blocks
@@ -177,16 +153,9 @@ def _added(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments:
-    """Follow trajectories, ask the teacher at each of their points at all lower levels, and sum the products.
+    """Return the products of the points of trajectories with the teacher's answers to them at all lower levels.
 
     Memory: the trajectories of one batch and the answers at one level, ``3 K B d`` numbers.
-
-    Args:
-        trajectories: Those to follow.
-        sigma_data: Standard deviation of the data.
-
-    Returns:
-        The moments.
     """
     levels = trajectories.levels
     grid, K = levels.tolist(), len(levels)

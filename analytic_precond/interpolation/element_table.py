@@ -169,8 +169,5 @@ def _gauss_nodes(lam: Array) -> Array:
 
 
 def _running_integral(density: Array, lam: Array) -> tuple[Array, Array]:
-    """Return integrals from ``lam[0]`` to every point as pairs high + low. Shape ``(n, len(lam))`` each.
-
-    The density is given at `_gauss_nodes`, shape ``(n, cells, nodes)``.
-    """
+    """Return integrals from ``lam[0]`` to every point as pairs high + low, of a density at `_gauss_nodes`."""
     return running_sum((density * _GAUSS[1]).sum(-1) * np.diff(lam) / 2)

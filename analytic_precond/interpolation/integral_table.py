@@ -30,21 +30,13 @@ _MAX_STEP = 1.0  # in a cell: L S is then interpolated to 4e-5, half as steep to
 
 
 class PairIntegrals(NamedTuple):
-    """What a jump from t to s is made of.
+    """What a jump from t to s is made of."""
 
-    Attributes:
-        l_t: Linear coefficient at t, where S is asked for.
-        l_s: Linear coefficient at s.
-        L_ratio: L_t / L_s, in (0, 1] for l <= 1.
-        S_ratio: S_s / S_t, if it was asked for.
-        r: (N_s - N_t) / (L_s S_s), not negative.
-    """
-
-    l_t: Tensor
+    l_t: Tensor  # where S is asked for
     l_s: Tensor
-    L_ratio: Tensor
-    S_ratio: Tensor | None
-    r: Tensor
+    L_ratio: Tensor  # L_t / L_s, in (0, 1] for l <= 1
+    S_ratio: Tensor | None  # S_s / S_t, if it was asked for
+    r: Tensor  # (N_s - N_t) / (L_s S_s), not negative
 
 
 class IntegralTable(TableModule):
@@ -180,12 +172,8 @@ class IntegralTable(TableModule):
 def unfit_row(*, lam: Array, h: Array, spans: Array, steps: Array, largest_step: float) -> tuple[int, str] | None:
     """Return the index of a row that no table could hold, and what it does; None if all are well.
 
-    Args:
-        lam: Places. Shape ``(k,)``.
-        h: ln(L S) there, a row for each pair of l and s. Shape ``(n, k)``.
-        spans: The largest of what each row's ln(L S), ln L and ln S span. Shape ``(n,)``.
-        steps: What each row's ln(L S) changes by within equal cells. Shape ``(n, cells)``.
-        largest_step: What it may.
+    A row for each pair of l and s: h is ln(L S) at ``lam``; ``spans`` are the largest of what h, ln L and ln S span,
+    ``steps`` what h changes by within equal cells. Shapes ``(n, k)``, ``(n,)``, ``(n, cells)``.
     """
     fall = np.maximum.accumulate(h, axis=1) - h
     if not fall.max() <= _MAX_FALL:

@@ -81,17 +81,7 @@ def log_scale(levels: Array, g_rms: Array) -> Array:
 
 
 def log_scale_spline(levels: Array, g_rms: Array, s: Array, s_method: str) -> Any:
-    """Return ln S as a spline in lambda, up to constants: of g_rms itself where s is a derivative of it anyway.
-
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        g_rms: RMS of the remainder. Shape ``(..., K)``.
-        s: Scaling coefficients. Shape ``(..., K)``.
-        s_method: Estimator of s.
-
-    Returns:
-        The spline, as of `spline`.
-    """
+    """Return ln S as a `spline`, up to constants: of g_rms itself where s is a derivative of it anyway."""
     if s_method == "transport":
         return spline(levels, log_scale(levels, g_rms))
     return spline(levels, s).antiderivative()

@@ -55,19 +55,12 @@ class Start(NamedTuple):
 
 
 class Point(NamedTuple):
-    r"""A point of the teacher's ODE.
+    """A point of the teacher's ODE."""
 
-    Attributes:
-        t: Its noise level. Shape ``(B,)``, in the wide dtype.
-        x: The noisy data. Shape ``(B, ...)``, like what follows.
-        bend: $w = x - x_T - \frac{t - T}{T} (x_T - D_T)$: x beyond the Euler step from the beginning at level T.
-        denoised: The teacher's output D(x, t).
-    """
-
-    t: Tensor
-    x: Tensor
-    bend: Tensor
-    denoised: Tensor
+    t: Tensor  # its noise level (B,), in the wide dtype
+    x: Tensor  # the noisy data (B, ...)
+    bend: Tensor  # w = x - x_T - (t - T) / T (x_T - D_T): x beyond the Euler step from the beginning at level T
+    denoised: Tensor  # the teacher's output D(x, t)
 
 
 def trajectory(denoiser: Denoiser, start: Start, levels: Sequence[float]) -> Iterator[Point]:

@@ -27,15 +27,8 @@ _ADVICE = "a negative l is noise, take more samples or clamp the table at 0."
 class EulerStepPreconditioning(Preconditioning):
     """Euler steps between the levels of a table of integrals: of one pair of functions, or of each element's.
 
-    Args:
-        integrals: The table.
-        theta: Where between forward (0) and backward (1) h is taken.
-        sigma_data: Standard deviation of the data, for `on_network`.
-        targets: Levels s at which the denominator is checked, some at a time. Shape ``(times, some)``.
-        advice: What to do about coefficients that are refused.
-
-    Raises:
-        ValueError: If the coefficients make a jump singular (the error names the level, and the element).
+    h is taken at theta between forward (0) and backward (1). The denominator is checked at the levels s of ``targets``,
+    some at a time, ``(times, some)``; ``advice`` is what to do about coefficients that are refused.
     """
 
     theta: Tensor

@@ -95,15 +95,8 @@ def draw_noise(
 
 
 def noise_source(x: Tensor, count: int, generator: Generators, noise: Tensor | None) -> Callable[[int], Tensor]:
-    """Return the function from a number, below ``count``, to a sampler's draw of that number, shaped like ``x``.
-
-    It draws with the generators, untouched before its first call, or looks the draw up in ``noise``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If both are given, or there are not as many draws or generators as are needed.
-    """
-    if noise is None:
+    """Return the function from a number, below ``count``, to a sampler's draw of that number, shaped like ``x``."""
+    if noise is None:  # the generators are untouched before its first call
         _check_generators(generator, len(x))
         own = cache(lambda: _spread(generator, len(x), x.device))  # seeded at the first draw
         return lambda _: _draw(own(), x.shape[1:], x.device, x.dtype)

@@ -66,15 +66,7 @@ def group_of(first_unit: int, count: int, num_units: int) -> Tensor:
 
 
 def inner_products(features: Sequence[Tensor], dim: int = -1) -> Tensor:
-    """Return the products of E, x and y, summed over a dimension as `regressed` does.
-
-    Args:
-        features: E, x and perhaps y. Of one shape.
-        dim: The dimension.
-
-    Returns:
-        The moments from ``"EE"`` on, in the wide dtype: a last dimension of 5 in the place of ``dim``.
-    """
+    """Return the 5 moments from ``"EE"`` on, of E, x (and y), summed over a dimension; they are the last, and wide."""
     E, x, *y = features
     k, rest, Ex, xx = regressed(E, x, dim)
     rest_x, wide = Ex - k * xx, xx.dtype
@@ -99,7 +91,7 @@ def regressed(f: Tensor, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor, Tens
        float32 leaves of the teacher's D (`is_resolved`).
 
     Returns:
-        The multiple k, the rest f - k x, and the sums of f x and x x; all but the rest in the wide dtype.
+        k, the rest, and the sums of f x and x x; all but the rest in the wide dtype.
     """
     wide = wide_dtype(x.device)
     xx = (x * x).sum(dim)
@@ -110,18 +102,11 @@ def regressed(f: Tensor, x: Tensor, dim: int = -1) -> tuple[Tensor, Tensor, Tens
 
 
 def jackknife(counts: Array, sums: Array, statistic: Callable[[Array], Sequence[Array]]) -> list[tuple[Array, Array]]:
-    """Return the statistic of the mean moments with its standard error, by leaving out one group at a time.
+    """Return each result of a statistic with its standard error, by leaving out one group at a time.
 
     Groups may differ in size (Busing, Meijer and van der Leeden 1999). The errors carry Student's factor for the
-    number of groups, so that 1.96 of them make a 95 % interval.
-
-    Args:
-        counts: Units per group. Shape ``(G,)``.
-        sums: Moments summed per group. Shape ``(G, K, M)``.
-        statistic: Maps mean moments of shape ``(R, K, M)`` to results of shape ``(R, K)``.
-
-    Returns:
-        Per result its value and standard error, each of shape ``(K,)``; infinite errors where there is one group.
+    number of groups, so that 1.96 of them make a 95 % interval; of a single group they are infinite. Units ``(G,)`` and
+    sums ``(G, K, M)`` per group become results ``(K,)``; the statistic maps means ``(R, K, M)`` to ``(R, K)``.
     """
     n, groups = counts.sum(), len(counts)
     total = sums.sum(0)
@@ -150,18 +135,9 @@ def remainder_square(EE: Array, Ex: Array, xx: Array, k: Array) -> Array:
 
 
 def is_resolved(gg: Array, EE: Array, DD: Array, xx: Array, l_stderr: Array, precision: str) -> NDArray[np.bool_]:
-    """Tell where the remainder is more than rounding of D, or of D's differences, which move l (section 6).
+    """Return where the remainder is more than rounding of D, or of D's differences, which move l (section 6).
 
-    Args:
-        gg: Mean square of the remainder.
-        EE: Mean square of E, which g was computed from.
-        DD: Mean square of D, with its mean.
-        xx: Mean square of x.
-        l_stderr: Standard error of l.
-        precision: What the teacher was called in, one of `PRECISIONS`.
-
-    Returns:
-        One truth value for each of them.
+    The arguments are mean squares of g, of the E that it was computed from, of D with its mean, and of x.
     """
     rounding = PRECISIONS[precision] ** 2 * DD
     from_l = np.where(np.isfinite(l_stderr), 5 * l_stderr, 0) ** 2 * xx
@@ -174,18 +150,9 @@ def is_resolved(gg: Array, EE: Array, DD: Array, xx: Array, l_stderr: Array, pre
 def scales(
     levels: Array, l: Array, products: Array, resolved: NDArray[np.bool_], size: int, s_method: str
 ) -> tuple[Array, Array]:
-    """Return g_rms and s, 0 where g is not resolved.
+    """Return g_rms and s, 0 where g is not resolved, of l ``(..., K)`` and the mean products ``(3 or 5, ..., K)``.
 
-    Args:
-        levels: Decreasing noise levels. Shape ``(K,)``.
-        l: Linear coefficients. Shape ``(..., K)``.
-        products: Mean moments EE, Ex, xx (and Ey, xy where needed). Shape ``(3 or 5, ..., K)``.
-        resolved: Where the remainder is more than rounding; broadcasts against ``l``.
-        size: Number of elements that a moment sums over.
-        s_method: Estimator of s.
-
-    Returns:
-        Both of shape ``(..., K)``.
+    A moment sums over ``size`` elements.
     """
     a = reference(levels)
     EE, Ex, xx = products[:3]
