@@ -1,37 +1,93 @@
-r"""What every pass of a teacher over data asks: how, where it runs, what it is told with a batch, its name."""
+r"""What every pass of a teacher over data is asked with: its levels, where it runs, what it is told, its name."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from .._checks import check_count, check_levels, warn_caller
+from .._checks import check_callable, check_count, check_levels, warn_caller
 from .._conditions import Condition, Ownership, on_device, plain
 from .._modules import Wrapper, modules_of, tensors_of
 from ..noise_levels.grids import log_noise_levels
 from ..teachers.denoiser import Denoiser
 from ..teachers.guidance import GuidedDenoiser
 from ..teachers.networks import noise_range_of
-from .memory import BatchSize
-from .sources import Batch
+from .memory import BatchSize, Pieces
+from .sources import Batch, iterate_batches
 
 
-def check_request(batch_size: BatchSize, seed: int, condition: object, description: object) -> None:
-    """Refuse what no pass over the data can be made with."""
-    if batch_size != "auto":
-        check_count(batch_size, 1, "batch_size", 'Or let it be found: "auto".')
-    check_count(seed, 0, "seed")
-    if seed >= 2**64:
-        raise ValueError(f"seed must be below 2**64, got {seed}.")
-    if condition is not None and not callable(condition):
-        raise TypeError(f"condition must be callable, got {type(condition).__name__}: lambda label: {{'name': label}}.")
-    if not isinstance(description, str | None):
-        raise TypeError(f"description must be a str, got {description!r}.")
+class TeacherPass:
+    """A teacher and clean data, with how one is to see the other, once checked; levels are on the CPU in float64."""
+
+    def __init__(
+        self, denoiser: Denoiser, data: object, levels: Tensor | None, num_levels: int, batch_size: BatchSize,
+        seed: int, condition: Callable[..., Condition] | None, device: torch.device | str | None,
+        description: str | None,
+    ) -> None:  # fmt: skip
+        check_callable(denoiser, "denoiser", "denoiser(x, t)")
+        levels = default_levels(denoiser, num_levels) if levels is None else levels
+        check_levels(levels)
+        if batch_size != "auto":
+            check_count(batch_size, 1, "batch_size", 'Or let it be found: "auto".')
+        check_count(seed, 0, "seed")
+        if seed >= 2**64:
+            raise ValueError(f"seed must be below 2**64, got {seed}.")
+        if condition is not None and not callable(condition):
+            raise TypeError(
+                f"condition must be callable, got {type(condition).__name__}: lambda label: {{'name': label}}."
+            )
+        if not isinstance(description, str | None):
+            raise TypeError(f"description must be a str, got {description!r}.")
+        self.denoiser, self.data, self.seed, self.pieces = denoiser, data, seed, Pieces(batch_size)
+        self.levels = levels.detach().to("cpu", torch.float64)
+        self.name = name_of(denoiser, description)
+        self.device = _device_of(denoiser, data) if device is None else torch.device(device)
+        self._condition, self._ownership = condition, Ownership()
+        _warn_if_unknown(denoiser, levels, num_levels)
+        _warn_if_training(denoiser)
+
+    def rng_kept(self) -> AbstractContextManager[None]:
+        """Leave the generators that a pass draws from as they were."""
+        on_gpu = self.device is not None and self.device.type == "cuda"
+        return torch.random.fork_rng([self.device] if on_gpu else [])
+
+    def batches(self, num: int) -> Iterator[Batch]:
+        """Yield so many clean samples, where the teacher runs; refuse samples of several shapes."""
+        shape = None
+        for number, batch in enumerate(iterate_batches(self.data, num, self.pieces.size, self.seed)):
+            if shape is not None and batch.x.shape[1:] != shape:
+                raise ValueError(
+                    f"data must hold samples of one shape, got {tuple(batch.x.shape[1:])} in batch {number} after "
+                    f"{tuple(shape)}: resize them first."
+                )
+            shape = batch.x.shape[1:]
+            yield batch if self.device is None else batch._replace(x=batch.x.to(self.device))
+
+    def conditions(self, batch: Batch) -> Condition:
+        """Return what the teacher is told with a batch, made of what follows x in it, where its samples are."""
+        if self._condition is None:
+            # EDM's networks take no labels for zeros
+            if batch.extra and any(vars(module).get("label_dim") for module in modules_of(self.denoiser)):
+                warn_caller(
+                    "the teacher is class-conditional, but does not get the labels that the batches hold: pass "
+                    "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's."
+                )
+            return {}
+        keywords = self._condition(*plain(batch.extra))
+        if not isinstance(keywords, Mapping):
+            raise TypeError(
+                f"condition must return a dict of the teacher's keyword arguments, got {type(keywords).__name__}: "
+                f"lambda label: {{'class_labels': label}}."
+            )
+        self._ownership.check(keywords, len(batch.x))
+        told: Condition = on_device(keywords, batch.x.device)
+        return told
 
 
 def name_of(denoiser: Denoiser, description: str | None) -> str:
@@ -51,11 +107,8 @@ def default_levels(denoiser: Denoiser, num: int) -> Tensor:
     return log_noise_levels(num, max(low, 0.002), min(high, 80.0))
 
 
-def levels_for(denoiser: Denoiser, levels: Tensor | None, num: int) -> Tensor:
-    """Return the levels once checked, the default ones for None; warn of those that the teacher does not know."""
-    if levels is None:
-        return default_levels(denoiser, num)
-    check_levels(levels)
+def _warn_if_unknown(denoiser: Denoiser, levels: Tensor, num: int) -> None:
+    """Warn of levels that the teacher does not know."""
     known = noise_range_of(denoiser)
     ends = levels[-1].item(), levels[0].item()
     if known is not None and (ends[0] < known[0] * (1 - _ROUNDING) or ends[1] > known[1] * (1 + _ROUNDING)):
@@ -66,42 +119,12 @@ def levels_for(denoiser: Denoiser, levels: Tensor | None, num: int) -> Tensor:
             f"but is asked at {ends[0]:.4g} to {ends[1]:.4g}: beyond, it is told the nearest, and its answers are "
             f"wrong. Leave levels out, or pass log_noise_levels({num}, {inside})."
         )
-    return levels
 
 
-def device_of(denoiser: Denoiser, data: object) -> torch.device | None:
+def _device_of(denoiser: Denoiser, data: object) -> torch.device | None:
     """The device of the teacher's modules, else the data's if they are a tensor; offloaded parameters are on none."""
     devices = (tensor.device for tensor in tensors_of(denoiser) if not tensor.is_meta)
     return next(devices, data.device if isinstance(data, Tensor) else None)
-
-
-class BatchConditions:
-    """What the teacher is told with each batch of a run: keyword arguments, made of what follows x in it."""
-
-    def __init__(self, condition: Callable[..., Condition] | None, denoiser: Denoiser) -> None:
-        self.condition = condition
-        self.ownership = Ownership()
-        # EDM's networks take no labels for zeros
-        self.expects_labels = any(vars(module).get("label_dim") for module in modules_of(denoiser))
-
-    def __call__(self, batch: Batch) -> Condition:
-        """Return the conditions of a batch, where its samples are."""
-        if self.condition is None:
-            if batch.extra and self.expects_labels:
-                warn_caller(
-                    "the teacher is class-conditional, but does not get the labels that the batches hold: pass "
-                    "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's."
-                )
-            return {}
-        keywords = self.condition(*plain(batch.extra))
-        if not isinstance(keywords, Mapping):
-            raise TypeError(
-                f"condition must return a dict of the teacher's keyword arguments, got {type(keywords).__name__}: "
-                f"lambda label: {{'class_labels': label}}."
-            )
-        self.ownership.check(keywords, len(batch.x))
-        told: Condition = on_device(keywords, batch.x.device)
-        return told
 
 
 def warn_if_guided(denoiser: Denoiser) -> None:
@@ -113,7 +136,7 @@ def warn_if_guided(denoiser: Denoiser) -> None:
         )
 
 
-def warn_if_training(denoiser: Denoiser) -> None:
+def _warn_if_training(denoiser: Denoiser) -> None:
     """Warn of a network that is in training mode and random or changed by its input in it."""
     for module in modules_of(denoiser):
         rate = module.p if isinstance(module, _DropoutNd) else vars(module).get("dropout")

@@ -160,7 +160,6 @@ def _element_variance(data: object, num: int, batch_size: int, seed: int) -> flo
     """Return the variance of the samples that the statistics rest on, about their mean, averaged over elements."""
     count, total, squares = 0, torch.zeros((), dtype=torch.float64, device="cpu"), 0.0
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # as for the statistics: a DataLoader that shuffles
         for batch in iterate_batches(data, num, batch_size, seed):
             x = batch.x.to("cpu", torch.float64)
             count, total, squares = count + len(x), total + x.sum(0), squares + float(x.square().sum())

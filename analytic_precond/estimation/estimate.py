@@ -9,19 +9,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_callable, check_choice, check_count
+from .._checks import check_choice, check_count
 from .._conditions import Condition
 from .._precision import wide_dtype
-from ..data.arguments import (
-    BatchConditions,
-    check_request,
-    device_of,
-    levels_for,
-    name_of,
-    warn_if_guided,
-    warn_if_training,
-)
-from ..data.memory import BatchSize, largest_batch
+from ..data.arguments import TeacherPass, warn_if_guided
+from ..data.memory import BatchSize
 from ..data.processes import processes
 from ..data.sources import open_source, pair_noise, weights_of
 from ..statistics.moments import MOMENTS
@@ -116,50 +108,43 @@ def estimate_statistics(
         tensor([0.0588, 0.2000, 0.5000], dtype=torch.float64)
     """
     with processes() as together:
-        check_callable(denoiser, "denoiser", "denoiser(x, t)")
-        levels = levels_for(denoiser, levels, 120)
         check_count(num_samples, 2, "num_samples", "Samples come in pairs x_0 + t n, x_0 - t n.")
         if intercept:
             check_count(num_samples, 4, "num_samples", "An intercept needs two pairs.")
         check_choice(l_method, L_METHODS, "l_method")
         check_choice(s_method, S_METHODS, "s_method")
-        check_request(batch_size, seed, condition, description)
-        name = name_of(denoiser, description)
-        device = device_of(denoiser, data) if device is None else torch.device(device)
-        warn_if_training(denoiser)
+        asked = TeacherPass(denoiser, data, levels, 120, batch_size, seed, condition, device, description)
         if s_method == "transport":
             warn_if_guided(denoiser)
-        conditions = BatchConditions(condition, denoiser)
-        levels = levels.detach().to("cpu", torch.float64)
-        measure = Measurement(denoiser, l_method, s_method, batch_size)
-        num_levels, largest = len(levels), largest_batch(batch_size)
+        measure = Measurement(denoiser, l_method, s_method, asked.pieces)
+        levels, num_levels, largest = asked.levels, len(asked.levels), asked.pieces.size
         checkpoint = None if resume is None else Checkpoint(resume, checkpoint_every, batch_size)
 
-        with torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
+        with asked.rng_kept():
             source = open_source(data, largest, seed)
             compared = checkpoint is not None or together.size > 1
             request = Request(
                 tuple(levels.tolist()), num_samples, l_method, s_method, seed, intercept, condition is not None,
-                name, source.words, weights_of(denoiser) if compared else "", per_element,
+                asked.name, source.words, weights_of(denoiser) if compared else "", per_element,
             )  # fmt: skip
             run = EstimationRun(together, request, source, checkpoint)
             bar = tqdm(
                 total=2 * run.num_units * num_levels,
                 initial=2 * run.state.num_done * num_levels,
-                desc=f"statistics of {name}",
+                desc=f"statistics of {asked.name}",
                 unit=" passes",
                 unit_scale=True,
                 disable=not progress or together.rank > 0,
             )
             with bar, run.interruptible():
-                for number, batch in run.batches(largest, device):
+                for number, batch in run.batches(largest, asked.device):
                     x_0, first, state = batch.x, batch.first, run.state
                     noise, probes = pair_noise(seed, first, len(x_0), x_0.shape[1:], probes=l_method == "hutchinson")
                     # an intercept takes the square of a mean away, which may hide all but 1e-7 of what is left
                     wide = wide_dtype(x_0.device)
                     noise = noise.to(x_0.device, wide if intercept else x_0.dtype)
                     probes = None if probes is None else probes.to(x_0)
-                    keywords = conditions(batch)
+                    keywords = asked.conditions(batch)
 
                     moments = noise.new_empty(num_levels, len(x_0), len(MOMENTS), dtype=wide)
                     for part in measure(x_0, noise, probes, levels, keywords, number):

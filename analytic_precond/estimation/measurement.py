@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import warn_caller
 from .._conditions import Condition, rows_of
 from .._precision import wide_dtype
-from ..data.memory import BatchSize, Pieces
+from ..data.memory import Pieces
 from ..statistics.moments import inner_products, reference, regressed
 from ..teachers.denoiser import Denoiser
 from .derivatives import JacobianProduct, ode_derivative_difference, ode_derivative_jvp
@@ -41,17 +41,17 @@ class Measurement:
     """The estimators of l and s, as what they ask of the teacher.
 
     It is called on *rows*, each a noisy sample with its level. They run through levels, then samples, then the two
-    halves of a pair. A call gets as many as ``batch_size`` allows: several levels share one where samples are few.
+    halves of a pair. A call gets as many as ``pieces`` allow: several levels share one where samples are few.
     """
 
-    def __init__(self, denoiser: Denoiser, l_method: str, s_method: str, batch_size: BatchSize) -> None:
+    def __init__(self, denoiser: Denoiser, l_method: str, s_method: str, pieces: Pieces) -> None:
         self.denoiser = denoiser
         self.l_method = l_method
         self.where = ""  # the levels and the batch at work, for error messages
         self.warned = False
         self.jacobian_product = None if l_method == "stein" else JacobianProduct(self._teacher)
         self.ode_derivative = _ODE_DERIVATIVES.get(s_method)
-        self.pieces = Pieces(batch_size)
+        self.pieces = pieces
 
     def __call__(
         self, x_0: Tensor, noise: Tensor, probes: Tensor | None, levels: Tensor, condition: Condition, batch: int
@@ -92,7 +92,7 @@ class Measurement:
     def _ask_all(
         self, x: Tensor, t: Tensor, probes: Tensor | None, condition: Condition, samples: slice, num_samples: int
     ) -> Answers:
-        """Ask the teacher about all rows, in as many calls as ``batch_size`` makes necessary."""
+        """Ask the teacher about all rows, in as many calls as ``pieces`` make necessary."""
         t_rows = t.to(x.dtype).repeat_interleave(len(x) // len(t))
         sample = torch.arange(samples.start, samples.stop, device="cpu").repeat_interleave(2).repeat(len(t))
         v = None if probes is None else probes[:, samples].to(x).transpose(0, 1).flatten(0, 1)  # there is one level

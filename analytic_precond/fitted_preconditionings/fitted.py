@@ -14,6 +14,7 @@ from torch import Tensor
 from .._checks import check_finite, check_levels
 from .._conditions import Condition
 from .._files import read_tensors, write_tensors
+from ..data.arguments import TeacherPass
 from ..data.memory import BatchSize
 from ..preconditionings.base import Preconditioning, Scalings
 from ..teachers.denoiser import Denoiser
@@ -21,6 +22,8 @@ from .follow import FitHeader, FitRun, fit_run
 from .jump_regression import JumpTable
 
 Fitted = TypeVar("Fitted", bound="FittedPreconditioning")
+
+NUM_LEVELS = 40  # docs/method.md, section 10: c_out is then good to 7e-6
 
 _LARGEST = 1e30  # far beyond any coefficient, and far from where float32 ends
 
@@ -83,10 +86,8 @@ class FittedPreconditioning(Preconditioning):
             ValueError: If an argument is out of range, data are empty or not finite, or the teacher returns a wrong
                 shape or a value that is not finite (the error names the level).
         """
-        with fit_run(
-            denoiser, data, levels, num_trajectories, batch_size, seed, sigma_data, progress, condition, device,
-            description,
-        ) as run:  # fmt: skip
+        asked = TeacherPass(denoiser, data, levels, NUM_LEVELS, batch_size, seed, condition, device, description)
+        with fit_run(asked, num_trajectories, sigma_data, progress) as run:
             return cls._regressed(run)
 
     @classmethod
@@ -122,15 +123,7 @@ class FittedPreconditioning(Preconditioning):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a safetensors file, atomically: an existing file is replaced whole or not at all.
-
-        Args:
-            path: The file to write, by custom ``.safetensors``.
-
-        Raises:
-            FileNotFoundError: If the folder does not exist.
-            ValueError: If ``path`` is a folder.
-        """
+        """Write a file, by custom ``.safetensors``, as `TeacherStatistics.save` does: whole or not at all."""
         header, tensors = self._own_parts()
         header |= {**asdict(self.header), "sigma_data": self.sigma_data}
         table = self.table.state_dict()  # the float64 tables, whatever the device computes with
@@ -140,9 +133,6 @@ class FittedPreconditioning(Preconditioning):
     @classmethod
     def load(cls: type[Fitted], path: str | os.PathLike[str]) -> Fitted:
         """Read a preconditioning written by `save`. Nothing in the file is executed.
-
-        Args:
-            path: The file.
 
         Returns:
             The preconditioning, on the CPU, its tables equal to the saved ones bit for bit.

@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_callable, check_count, check_positive
-from .._conditions import Condition
+from .._checks import check_count, check_positive
 from .._files import sample_shape_of
 from .._modules import network_dtype
-from ..data.arguments import BatchConditions, check_request, device_of, levels_for, name_of, warn_if_training
-from ..data.memory import BatchSize, Pieces
-from ..data.sources import Batch, iterate_batches, pair_noise
+from ..data.arguments import TeacherPass
+from ..data.memory import Pieces
+from ..data.sources import Batch, pair_noise
 from ..ode.trajectories import PASSES_PER_STEP, Start, trajectory
 from ..teachers.denoiser import Denoiser
-
-_NUM_LEVELS = 40  # docs/method.md, section 10: c_out is then good to 7e-6
 
 
 class Points(NamedTuple):
@@ -123,62 +120,27 @@ class FitRun:
 
 
 @contextmanager
-def fit_run(
-    denoiser: Denoiser,
-    data: object,
-    levels: Tensor | None,
-    num_trajectories: int,
-    batch_size: BatchSize,
-    seed: int,
-    sigma_data: float,
-    progress: bool,
-    condition: Callable[..., Condition] | None,
-    device: torch.device | str | None,
-    description: str | None,
-) -> Iterator[FitRun]:
-    """Check what `FittedPreconditioning.fit` is asked for, read the first batch, and seed torch while the fit lasts."""
-    check_callable(denoiser, "denoiser", "denoiser(x, t)")
-    levels = levels_for(denoiser, levels, _NUM_LEVELS)
+def fit_run(asked: TeacherPass, num_trajectories: int, sigma_data: float, progress: bool) -> Iterator[FitRun]:
+    """Check the rest of what a fit is asked for, read the first batch, and keep torch's generators while it lasts."""
     check_count(num_trajectories, 1, "num_trajectories")
     check_positive(sigma_data, "sigma_data")
-    check_request(batch_size, seed, condition, description)
-    name = name_of(denoiser, description)
-    place = device_of(denoiser, data) if device is None else torch.device(device)
-    warn_if_training(denoiser)
-    conditions = BatchConditions(condition, denoiser)
-    grid, pieces = levels.detach().to("cpu", torch.float64), Pieces(batch_size)
 
     def starts() -> Iterator[Start]:
         """Yield the clean data with noise of their own, at the first level."""
         for batch in run.batches:  # once they are asked for: `hold` may come between
             x_0 = batch.x
-            noise = pair_noise(seed, batch.first, len(x_0), x_0.shape[1:], probes=False)[0]
-            x = torch.add(x_0.to(state), noise.to(x_0.device, state), alpha=grid[0].item())
-            yield Start(batch.first, x, own, conditions(batch))
+            noise = pair_noise(asked.seed, batch.first, len(x_0), x_0.shape[1:], probes=False)[0]
+            x = torch.add(x_0.to(state), noise.to(x_0.device, state), alpha=asked.levels[0].item())
+            yield Start(batch.first, x, own, asked.conditions(batch))
 
-    with torch.no_grad(), torch.random.fork_rng([place] if place is not None and place.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)  # for a DataLoader that shuffles
-        batches = _same_shapes(iterate_batches(data, num_trajectories, pieces.size, seed), place)
+    with torch.no_grad(), asked.rng_kept():
+        batches = asked.batches(num_trajectories)
         first = next(batches)
         own = torch.promote_types(first.x.dtype, torch.float32)
-        precision = network_dtype(denoiser, own)
+        precision = network_dtype(asked.denoiser, own)
         state = torch.promote_types(own, precision)
-        header = FitHeader(
-            num_trajectories, seed, tuple(first.x.shape[1:]), str(precision).removeprefix("torch."), name
-        )
-        trajectories = Trajectories(denoiser, starts(), grid, num_trajectories, pieces, progress)
+        shape, dtype = tuple(first.x.shape[1:]), str(precision).removeprefix("torch.")
+        header = FitHeader(num_trajectories, asked.seed, shape, dtype, asked.name)
+        trajectories = Trajectories(asked.denoiser, starts(), asked.levels, num_trajectories, asked.pieces, progress)
         run = FitRun(trajectories, header, sigma_data, chain([first], batches))
         yield run
-
-
-def _same_shapes(batches: Iterator[Batch], device: torch.device | None) -> Iterator[Batch]:
-    """Move batches to where the teacher runs; refuse samples of several shapes."""
-    shape = None
-    for number, batch in enumerate(batches):
-        if shape is not None and batch.x.shape[1:] != shape:
-            raise ValueError(
-                f"data must hold samples of one shape, got {tuple(batch.x.shape[1:])} in batch {number} after "
-                f"{tuple(shape)}: resize them first."
-            )
-        shape = batch.x.shape[1:]
-        yield batch if device is None else batch._replace(x=batch.x.to(device))

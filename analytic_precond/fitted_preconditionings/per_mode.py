@@ -12,11 +12,12 @@ from torch import Tensor
 
 from .._conditions import Condition
 from .._precision import wide_dtype
+from ..data.arguments import TeacherPass
 from ..data.memory import BatchSize
 from ..preconditionings.base import Scalings
 from ..teachers.denoiser import Denoiser
 from .bases import CosineBasis, MatrixBasis, OrthonormalBasis, check_basis, choose_basis, tie_modes
-from .fitted import FitFile, FittedPreconditioning
+from .fitted import NUM_LEVELS, FitFile, FittedPreconditioning
 from .follow import FitHeader, FitRun, fit_run
 from .jump_regression import JumpTable, regress_groups
 from .trajectory_moments import trajectory_moments
@@ -104,10 +105,8 @@ class PerModePreconditioning(FittedPreconditioning):
             The preconditioning, on the CPU, for jumps between ``levels[0]`` and ``levels[-1]``.
         """
         check_basis(basis)
-        with fit_run(
-            denoiser, data, levels, num_trajectories, batch_size, seed, sigma_data, progress, condition, device,
-            description,
-        ) as run:  # fmt: skip
+        asked = TeacherPass(denoiser, data, levels, NUM_LEVELS, batch_size, seed, condition, device, description)
+        with fit_run(asked, num_trajectories, sigma_data, progress) as run:
             return cls._regressed(run, basis)
 
     @classmethod
