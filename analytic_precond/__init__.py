@@ -51,9 +51,8 @@ from .preconditionings.hand_crafted import (
 )
 from .preconditionings.per_element import PerElementPreconditioning
 from .preconditionings.scheduled import ScheduledPreconditioning
-from .sampling.callbacks import SamplingStep
 from .sampling.noise import draw_noise, per_sample_generators
-from .sampling.samplers import sample_deterministic, sample_gamma, sample_multistep, sample_one_step
+from .sampling.samplers import SamplingStep, sample_deterministic, sample_gamma, sample_multistep, sample_one_step
 from .statistics.element_statistics import ElementStatistics
 from .statistics.ems import EMS, load_ems, save_ems
 from .statistics.merging import merge_statistics

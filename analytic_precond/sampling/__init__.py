@@ -1,6 +1,5 @@
 """From noise to data in a few jumps of a student.
 
-`samplers` are loops of jumps; `levels` reads the levels as users write them, `noise` draws what is added in between,
-`callbacks` says what a caller sees and may change there.
+`samplers` are loops of jumps; `levels` reads the levels as users write them, `noise` draws what is added in between.
 `diffusers_scheduler` is multistep sampling as a scheduler of the diffusers library.
 """

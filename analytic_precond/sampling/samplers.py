@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,9 +25,40 @@ from tqdm.auto import tqdm
 from .._checks import check_answer, check_number, check_tensor
 from .._conditions import plain
 from ..students.base import default_range
-from .callbacks import Callback, SamplingStep, after
 from .levels import Levels, check_jumps, is_cleanest, resolve_levels
 from .noise import Generators, noise_source
+
+
+@dataclass(frozen=True)
+class SamplingStep:
+    """What a callback is given after each jump, before noise is added again.
+
+    A tensor that the callback returns takes the place of ``x``, e.g. with known pixels put back (zero-shot inpainting,
+    Song et al. 2023, algorithm 4). Whatever else it returns is ignored.
+
+    Attributes:
+        index: Number of the jump, from 0.
+        num_steps: How many there are.
+        t: Noise level that the jump started from.
+        s: Noise level that it reached.
+        x: The data there. Shape ``(B, ...)``.
+
+    Examples:
+        >>> student = lambda x, t, s: 0 * x + 5.0  # data that are all 5
+        >>> known, mask = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([[True, True, False]])
+        >>> paint = lambda step: torch.where(mask, known + step.s * torch.ones(1, 3), step.x)
+        >>> sample_multistep(student, torch.zeros(1, 3), [80.0, 1.0], sigma_min=0.5, callback=paint)
+        tensor([[1.5000, 2.5000, 5.0000]])
+    """
+
+    index: int
+    num_steps: int
+    t: float
+    s: float
+    x: Tensor
+
+
+Callback = Callable[[SamplingStep], object]
 
 
 class _Jump(NamedTuple):
@@ -192,14 +224,11 @@ def sample_deterministic(
 ) -> Tensor:
     r"""Jump from level to level, $x_{i+1} = G(x_i, t_i, t_{i+1})$, without new noise.
 
-    It is `sample_gamma` with $\gamma = 0$, and takes of its arguments all but ``gamma``, ``generator`` and ``noise``.
+    It is `sample_gamma` with $\gamma = 0$, and takes of its arguments all but ``gamma``, ``generator`` and ``noise``;
+    the errors are as there.
 
     Returns:
         The data at the last level. Shape and dtype of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If levels do not fit.
 
     Examples:
         >>> student = lambda x, t, s: (s / t)[:, None] * x  # exact for data that are all 0
@@ -244,7 +273,7 @@ def _run(
     draw = noise_source(x, sum(jump.noise is not None for jump in jumps), generator, noise)
     with torch.no_grad(), tqdm(jumps, desc="sampling", unit=" jumps", disable=not progress) as bar:
         for index, (t, s, added) in enumerate(bar):
-            x = after(SamplingStep(index, len(jumps), t, s, _jump(student, x, t, s, told)), callback)
+            x = _after(SamplingStep(index, len(jumps), t, s, _jump(student, x, t, s, told)), callback)
             if added:
                 x = x + added * draw(index)
     return x
@@ -256,3 +285,16 @@ def _jump(student: Callable[..., Tensor], x: Tensor, t: float, s: float, conditi
     reached = student(x, *levels, **condition)
     check_answer(reached, x, "student")
     return reached.to(x.dtype)
+
+
+def _after(step: SamplingStep, callback: Callback | None) -> Tensor:
+    """Return the data with which to go on: the callback's, if it returns any."""
+    returned = None if callback is None else callback(step)
+    if not isinstance(returned, Tensor):
+        return step.x
+    if returned.shape != step.x.shape:
+        raise ValueError(
+            f"expected the callback to return x's shape {tuple(step.x.shape)}, got {tuple(returned.shape)}: return "
+            f"None to leave x as it is."
+        )
+    return returned.to(step.x)

@@ -17,10 +17,10 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import analytic_precond as ap
-from analytic_precond.sampling.callbacks import SamplingStep
 from analytic_precond.sampling.levels import resolve_levels
 from analytic_precond.sampling.noise import draw_noise, per_sample_generators
 from analytic_precond.sampling.samplers import (
+    SamplingStep,
     sample_deterministic,
     sample_gamma,
     sample_multistep,
