@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -39,16 +40,26 @@ def check_device(value: Tensor, device: torch.device, name: str, owner: str) -> 
         )
 
 
-def check_level(level: object, name: str) -> None:
+def check_level(level: Tensor, name: str) -> None:
     """Refuse anything but a tensor of noise levels, or times, of float32 or float64; looks at no value."""
     check_tensor(level, name)
-    assert isinstance(level, Tensor)
     if level.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"{name} must be float32 or float64, got {level.dtype}, which cannot tell neighbouring noise levels apart: "
             f"make grids in float64, pass t.float() before t is rounded, and keep times out of what casts inputs "
             f"(FSDP2: MixedPrecisionPolicy(..., cast_forward_inputs=False))."
         )
+
+
+def check_noise_level(level: object, name: str) -> None:
+    """Refuse what is neither a float nor a tensor of noise levels: an int is often an index."""
+    if isinstance(level, Tensor):
+        check_level(level, name)
+    elif not isinstance(level, float):
+        got, advice = type(level).__name__, "pass a Python float, or convert it with torch.as_tensor."
+        if isinstance(level, Integral):
+            got, advice = f"{level} ({got})", "write 80.0 for a level of 80, or look an index up in a grid."
+        raise TypeError(f"{name} must be a noise level (float or floating-point tensor), got {got}: {advice}")
 
 
 def may_read(value: Tensor) -> bool:
@@ -73,10 +84,9 @@ def check_finite(value: Tensor, name: str) -> None:
         raise ValueError(f"{name} must be finite, got {bad} NaN or infinite of {value.numel()} values: mend the input.")
 
 
-def check_grid(levels: object, name: str = "levels") -> None:
+def check_grid(levels: Tensor, name: str = "levels") -> None:
     """Refuse anything but a 1-D tensor of at least two noise levels; looks at no value."""
     check_level(levels, name)
-    assert isinstance(levels, Tensor)
     if levels.ndim != 1 or levels.numel() < 2:
         raise ValueError(
             f"{name} must be 1-D with at least 2 noise levels, got shape {tuple(levels.shape)}: "
@@ -84,10 +94,9 @@ def check_grid(levels: object, name: str = "levels") -> None:
         )
 
 
-def check_levels(levels: object, name: str = "levels") -> None:
+def check_levels(levels: Tensor, name: str = "levels") -> None:
     """Refuse anything but a strictly decreasing 1-D tensor of at least two finite positive noise levels."""
     check_grid(levels, name)
-    assert isinstance(levels, Tensor)
     check_finite(levels, name)
     if not bool((levels > 0).all()):
         index = int((levels <= 0).nonzero()[0])

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .._precision import wide_dtype
 from ..noise_levels.network_scalings import input_scale
-from ..noise_levels.per_sample import expand_to
 from ..ode.steps import Velocity
 from ..ode.trajectories import Start
 from ..statistics.moments import Array, num_groups, reference
@@ -190,8 +189,8 @@ def shift_moments(trajectories: Trajectories, sigma_data: float) -> ShiftMoments
 def _ask(velocity: Velocity, x: Tensor, t: float, q: float, sigma_data: float) -> Tensor:
     """Return the teacher's answer to data at level t when it is told level q."""
     t_x, q_x = (x.new_full((len(x),), level, dtype=wide_dtype(x.device)) for level in (t, q))
-    scaled = expand_to(input_scale(t_x, q_x, sigma_data), x).to(x.dtype) * x
-    return velocity.denoised(scaled, q_x)
+    scale = input_scale(t_x, q_x, sigma_data)[0].to(x.dtype)  # all samples are at one level
+    return velocity.denoised(scale * x, q_x)
 
 
 def _check_answers(finite: Tensor, levels: Tensor) -> None:

@@ -6,12 +6,10 @@ at the values; `per_sample` looks at them too, for callers that have no range of
 
 from __future__ import annotations
 
-from numbers import Integral
-
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_device, check_level, check_tensor
+from .._checks import all_true, check_noise_level, check_tensor
 from .._precision import place
 
 
@@ -38,7 +36,7 @@ def expand_to(t: Tensor, x: Tensor) -> Tensor:
 
 def one_per_sample(level: Tensor | float, x: Tensor, name: str = "t") -> Tensor:
     """Return one level per sample on ``x``'s device. Shape ``(B,)``, their own dtype."""
-    _check_kind(level, name)
+    check_noise_level(level, name)
     if isinstance(level, float):  # filled on the device: a copy would wait for it
         return place(level, x.device, torch.float64).expand(x.shape[:1])
     column = _expanded(level, x, name)
@@ -63,44 +61,12 @@ def per_sample(level: Tensor | float, x: Tensor, name: str, *, zero: bool = Fals
     return levels if isinstance(level, float) else torch.where(_valid(levels, zero), levels, torch.nan)
 
 
-def pair_of_levels(t: Tensor | float, s: Tensor | float, own: torch.device | None, owner: str) -> tuple[Tensor, Tensor]:
-    """Return two levels of one shape in the wide dtype, where the owner's tables are; without any, where levels are."""
-    device = own
-    for level, name in ((t, "t"), (s, "s")):
-        _check_kind(level, name)
-        if isinstance(level, Tensor) and level.device.type != "cpu":
-            check_device(level, own or level.device, name, owner)
-            device = device or level.device
-    if device is None:
-        given = any(isinstance(level, Tensor) for level in (t, s))
-        device = torch.device("cpu") if given else torch.get_default_device()
-    wide = [place(level, device, torch.float64) for level in (t, s)]
-    try:
-        here, there = torch.broadcast_tensors(*wide)
-    except RuntimeError as error:
-        shapes = " and ".join(str(tuple(level.shape)) for level in wide)
-        raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
-    return here, there
-
-
-def _check_kind(level: object, name: str) -> None:
-    """Refuse what is neither a float nor a tensor of noise levels: an int is often an index."""
-    if isinstance(level, Tensor):
-        check_level(level, name)
-    elif not isinstance(level, float):
-        got, advice = type(level).__name__, "pass a Python float, or convert it with torch.as_tensor."
-        if isinstance(level, Integral):
-            got, advice = f"{level} ({got})", "write 80.0 for a level of 80, or look an index up in a grid."
-        raise TypeError(f"{name} must be a noise level (float or floating-point tensor), got {got}: {advice}")
-
-
 def _valid(levels: Tensor, zero: bool) -> Tensor:
     return ((levels >= 0) if zero else (levels > 0)) & (levels < torch.inf)
 
 
-def _expanded(level: object, x: Tensor, name: str) -> Tensor:
+def _expanded(level: Tensor, x: Tensor, name: str) -> Tensor:
     check_tensor(level, name)
-    assert isinstance(level, Tensor)
     if level.ndim == x.ndim > 0:
         fits = all(size in (1, full) for size, full in zip(level.shape, x.shape, strict=True))
     else:

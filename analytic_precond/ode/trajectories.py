@@ -15,7 +15,6 @@ from torch import Tensor
 
 from .._conditions import Condition, rows_of
 from .._precision import wide_dtype
-from ..noise_levels.per_sample import expand_to
 from ..teachers.denoiser import Denoiser
 from .steps import Velocity
 
@@ -106,4 +105,4 @@ def _along(w: Tensor, dt: Tensor, weights: Sequence[float], slopes: Sequence[Ten
 
 def _factor(values: Tensor, x: Tensor) -> Tensor:
     """Return one number per sample, shaped to multiply x, in its dtype."""
-    return expand_to(values, x).to(x.dtype)
+    return values.reshape(-1, *[1] * (x.ndim - 1)).to(x.dtype)

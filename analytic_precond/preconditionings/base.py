@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_device, check_level, check_positive, check_tensor
+from .._checks import all_true, check_device, check_level, check_noise_level, check_positive, check_tensor
 from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
-from ..noise_levels.per_sample import expand_to, one_per_sample, pair_of_levels
+from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import Schedule
 from .scheduled import ScheduledPreconditioning
 
@@ -106,13 +106,7 @@ class Preconditioning(FixedPrecisionModule):
     def on_network(self, t: Tensor | float, s: Tensor | float) -> Scalings:
         """Return ``c_skip`` and ``c_out`` of the same jump on a raw network F inside EDM's denoiser.
 
-        Args:
-            t: Noise levels to start from.
-            s: Noise levels to reach, at most ``t``.
-
-        Returns:
-            The coefficients of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, per mode or element where those of the
-            denoiser are.
+        That is of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, per mode or element where those of the denoiser are.
         """
         c_skip, c_out = self(t, s)
         t = place(t, c_out.device, c_out.dtype)
@@ -123,12 +117,7 @@ class Preconditioning(FixedPrecisionModule):
         return Scalings(c_skip + c_out * edm_skip * scale, c_out * edm_out)
 
     def network_level(self, t: Tensor, s: Tensor | float) -> Tensor:
-        """Return the noise level, from s to t, that the network is told on a jump: t, where nothing else is said.
-
-        Args:
-            t: Noise levels to start from.
-            s: Noise levels to reach, at most ``t``.
-        """
+        """Return the noise level, from s to t, that the network is told on a jump: t, where nothing else is said."""
         return t
 
     def query(self, x_t: Tensor, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
@@ -136,12 +125,7 @@ class Preconditioning(FixedPrecisionModule):
 
         That is ``(x_t, t)``, unless the preconditioning asks at another noise level q: then $x_t$ is scaled by
         $\sqrt{(q^2 + \sigma_{data}^2) / (t^2 + \sigma_{data}^2)}$, so that the network inside EDM's denoiser gets the
-        same input and is only told another level.
-
-        Args:
-            x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
-            t: Noise levels to start from. Shape ``(B,)``, or one for all.
-            s: Noise levels to reach, at most ``t``. Shape ``(B,)``, or one for all.
+        same input and is only told another level. The arguments are those of `jump`.
 
         Returns:
             The denoiser's input and its noise level.
@@ -179,13 +163,8 @@ class Preconditioning(FixedPrecisionModule):
 
         $$D^* = (x_s - c_{skip}\, x_t) / c_{out}$$
 
-        A short jump divides by a small ``c_out``, also the rounding of its two ends: compute ``x_s`` in float64.
-
-        Args:
-            x_t: Noisy data at level ``t``. Shape ``(B, ...)``.
-            x_s: Where the jump is to land. Shape of ``x_t``.
-            t: Noise levels to start from. Shape ``(B,)``, or one for all.
-            s: Noise levels to reach, below ``t``. Shape ``(B,)``, or one for all.
+        A short jump divides by a small ``c_out``, also the rounding of its two ends: compute ``x_s`` in float64. The
+        arguments are those of `jump`, with where it is to land, of ``x_t``'s shape, for ``denoised``.
 
         Returns:
             The output, in the wider of the two tensors' dtypes, float32 at least. Shape of ``x_t``. Off the CPU, where
@@ -272,7 +251,7 @@ class Preconditioning(FixedPrecisionModule):
 
     def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the levels in that dtype and of one shape; t is NaN where they are not valid and nobody may look."""
-        here, there = pair_of_levels(t, s, self._device, "the preconditioning")
+        here, there = self._pair(t, s)
         # each comparison is a kernel: a smallest level above 0 leaves no t at 0, a largest one none at infinity
         valid = (there <= here * (1 + ROUNDING)) & (there >= self.sigma_min * (1 - ROUNDING))
         valid &= here <= self.sigma_max * (1 + ROUNDING) if self.sigma_max < math.inf else here < math.inf
@@ -283,6 +262,25 @@ class Preconditioning(FixedPrecisionModule):
             t_bad, s_bad = here.flatten()[index].item(), there.flatten()[index].item()
             raise ValueError(self.fault(t_bad, s_bad, f" at position {index}"))
         return here if all_valid else torch.where(valid, here, torch.nan), there
+
+    def _pair(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Return two levels of one shape in the wide dtype, where the tables are; without any, where levels are."""
+        device = self._device
+        for level, name in ((t, "t"), (s, "s")):
+            check_noise_level(level, name)
+            if isinstance(level, Tensor) and level.device.type != "cpu":
+                check_device(level, device or level.device, name, "the preconditioning")
+                device = device or level.device
+        if device is None:
+            given = any(isinstance(level, Tensor) for level in (t, s))
+            device = torch.device("cpu") if given else torch.get_default_device()
+        wide = [place(level, device, torch.float64) for level in (t, s)]
+        try:
+            here, there = torch.broadcast_tensors(*wide)
+        except RuntimeError as error:
+            shapes = " and ".join(str(tuple(level.shape)) for level in wide)
+            raise ValueError(f"t and s must broadcast, got shapes {shapes}.") from error
+        return here, there
 
     def fault(self, t: float, s: float, where: str = "") -> str | None:
         """Return what is wrong with a jump from t to s, or None: of numbers, so that no device is waited for."""
