@@ -117,14 +117,10 @@ def sample_adjacent_times(batch: int, levels: Tensor, generator: torch.Generator
 
     $t = t_i$ with i uniform on $\{0, \dots, N - 2\}$, u the next level, s the last one.
 
-    Of the arguments of `sample_jump_times` it takes ``batch``, ``levels`` and ``generator``.
+    Of the arguments of `sample_jump_times` it takes ``batch``, ``levels`` and ``generator``; the errors are as there.
 
     Returns:
         The times, with indices, in the levels' dtype and on their device.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If ``batch`` is below 1 or (on the CPU) the levels do not decrease.
 
     Examples:
         >>> sample_adjacent_times(3, torch.tensor([2.0, 1.0])).u

@@ -111,7 +111,6 @@ class WeightedDistance:
     sigma_data: float
 
     def __post_init__(self) -> None:
-        """Refuse bad arguments."""
         if isinstance(self.weighting, str):
             check_choice(self.weighting, WEIGHTINGS, "weighting")
         check_positive(self.sigma_data, "sigma_data")

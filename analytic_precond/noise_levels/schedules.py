@@ -144,7 +144,6 @@ class RectifiedFlowSchedule(Schedule):
     data_at: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse an unknown direction."""
         super().__post_init__()
         check_direction(self.data_at)
 
@@ -193,7 +192,6 @@ class TrigFlowSchedule(Schedule):
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        """Refuse a scale that is not positive."""
         super().__post_init__()
         check_positive(self.sigma_data, "sigma_data")
 

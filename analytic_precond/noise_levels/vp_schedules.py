@@ -69,7 +69,6 @@ class VPLinearSchedule(_VariancePreserving):
     data_at: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
         super().__post_init__()
         check_direction(self.data_at)
         check_positive(self.beta_min, "beta_min")
@@ -115,7 +114,6 @@ class VPCosineSchedule(_VariancePreserving):
     data_at: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
         super().__post_init__()
         check_direction(self.data_at)
         if not 0 <= self.offset < 1:
@@ -185,7 +183,6 @@ class VPDiscreteSchedule(_VariancePreserving):
         _times: TableOnDevices = field(init=False)  # in their own dtype
 
     def __post_init__(self) -> None:
-        """Refuse what is out of range."""
         super().__post_init__()
         if not isinstance(self.quantize, bool):
             raise TypeError(

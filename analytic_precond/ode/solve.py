@@ -179,8 +179,7 @@ def heun_solve_between(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If a shape does not fit, a level is out of range, ``u`` is above ``t``, or a number of steps is
-            below 1.
+        ValueError: If a shape does not fit, a level or a number is out of range, or ``u`` is above ``t``.
 
     Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0: x / t stays what it is

@@ -34,14 +34,10 @@ def probability_flow_velocity(denoiser: Denoiser, x: Tensor, t: Tensor | float, 
 
     (Karras et al. 2022, equations 1 and 3 with $\sigma(t) = t$.)
 
-    Of the arguments of `euler_step` it takes all but ``s``.
+    Of the arguments of `euler_step` it takes all but ``s``; the errors are as there.
 
     Returns:
         The velocity. Shape and dtype of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If a shape does not fit or a level is not positive.
 
     Examples:
         >>> teacher = lambda x, t: 0 * x  # all data are 0

@@ -75,12 +75,6 @@ class EulerStepPreconditioning(Preconditioning):
             c_skip, c_out = c_skip / denominator, c_out / denominator
         return Scalings(c_skip.reshape(shape), c_out.reshape(shape))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take up a pickle, also one of before Python knew theta."""
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "implicit" not in state:
-            self.implicit = self.theta.item()
-
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self.implicit = self.theta.item()

@@ -96,15 +96,10 @@ class PerElementPreconditioning(EulerStepPreconditioning):
         theta: float | None = None,
         sigma_data: float = 0.5,
     ) -> PerElementPreconditioning:
-        """Build the preconditioning from tables of the coefficients.
+        """Build the preconditioning from tables of the coefficients, as `AnalyticPreconditioning.from_coefficients`.
 
-        Args:
-            levels: Decreasing noise levels. Shape ``(K,)``.
-            l: Linear coefficients l_t. Shape ``(K, *shape)``: a sample's shape, with 1 where all share a coefficient.
-            s: Scaling coefficients s_t (not their integral S). Shape of ``l``, or one that broadcasts with it.
-            discretization: ``"backward"`` or ``"forward"``.
-            theta: A number in [0, 1] instead of a discretization.
-            sigma_data: Standard deviation of the data, for `on_network`.
+        ``l`` has the shape ``(K, *shape)``: a sample's shape, with 1 where all share a coefficient; ``s`` has that of
+        ``l``, or one that broadcasts with it.
 
         Returns:
             The preconditioning, for jumps between ``levels[0]`` and ``levels[-1]``.

@@ -88,12 +88,8 @@ class ScheduledPreconditioning(nn.Module):
     def query(self, z_t: Tensor, time_t: Tensor | float, time_s: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the noisy data x' and the time that the network is asked at for a jump.
 
-        That is ``(z_t, time_t)``, but for `ShiftedPreconditioning`: then a cleaner time, and the data scaled to it.
-
-        Args:
-            z_t: Noisy data x' at ``time_t``. Shape ``(B, ...)``.
-            time_t: Times to start from. Shape ``(B,)``, or one for all.
-            time_s: Times to reach. Shape ``(B,)``, or one for all.
+        That is ``(z_t, time_t)``, but for `ShiftedPreconditioning`: then a cleaner time, and the data scaled to it. The
+        arguments are those of `jump`.
 
         Returns:
             The network's input, and its time as a tensor.
