@@ -30,7 +30,6 @@ from torch import Tensor
 from ._precision import place
 
 Condition = Mapping[str, Any]
-
 _ARRAYS = (Tensor, np.ndarray)  # torch 2.4 compiles no isinstance of a union
 
 

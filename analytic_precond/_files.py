@@ -19,11 +19,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 _LARGEST_FILE = 2**34  # bytes: means of 120 levels of samples of 17 million elements; larger ones are holes or noise
-
 _LONGEST_HEADER = 2**22  # bytes: a million seeds
-
 _POSIX = os.name == "posix"
-
 _ONE_DAY = 24 * 60 * 60  # seconds
 
 

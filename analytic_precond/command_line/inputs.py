@@ -27,15 +27,12 @@ from ..fitted_preconditionings.shifted import ShiftedPreconditioning
 from ..statistics.teacher_statistics import TeacherStatistics
 
 Loaded = TeacherStatistics | FittedPreconditioning
-
 _FITTED = {
     kind.__name__: kind for kind in (LeastSquaresPreconditioning, PerModePreconditioning, ShiftedPreconditioning)
 }
 
 _WRITTEN = {"TeacherStatistics": "a file of statistics", "EstimationState": "a checkpoint"}
-
 _TENSOR_FILES = (".npy", ".npz", ".safetensors")
-
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
 

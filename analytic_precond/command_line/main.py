@@ -19,9 +19,7 @@ from ..statistics.teacher_statistics import L_METHODS, S_METHODS
 from .commands import compare, estimate, plot, show
 
 _PROGRAM = "python -m analytic_precond"
-
 _ERROR, _INTERRUPTED, _PIPE_CLOSED = 2, 130, 141  # the last two as shells count signals
-
 _EXAMPLES = f"""\
 examples:
   {_PROGRAM} estimate teachers:cifar10 --data images.npy --output teacher.safetensors

@@ -9,9 +9,7 @@ from typing import Literal, TypeVar
 import torch
 
 T = TypeVar("T")
-
 BatchSize = int | Literal["auto"]
-
 _FIRST_SIZE = 256  # where "auto" begins: fills a GPU with most networks, and is the functions' default
 
 # CUDA, MPS and XPU's drivers; the CPU's allocator; cuBLAS, which has an allocation of its own

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 T = TypeVar("T")
-
 _PATIENCE = timedelta(days=1)  # with another process's slowest batch; gloo's own is 30 minutes
 
 # The group of the last call, while its threads may still be putting tensors away: up to torch 2.6 at least, a group

@@ -17,9 +17,7 @@ FALSE_ALARMS = 0.01
 """The chance, at most, that two independent estimates of one teacher are said to differ."""
 
 _JUMP_ENDS = 12  # levels that jumps are compared between, so 66 jumps
-
 _NORMAL_95 = 1.959963984540054  # standard errors to each side make a 95 % interval, however few the groups
-
 Levels = tuple[float, ...]
 
 

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours without the yellow, too pale for a line; dashes tell lines apart in grey and where they meet
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
 _DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1)), (0, (6, 1.2, 1.2, 1.2)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
-
 FONT = 15  # points; figures are about 12 inches wide and still readable at half that
 
 

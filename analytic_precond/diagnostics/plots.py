@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 
 _ROWS = ("$c_{skip}$", "$c_{skip}\\,/\\,(s/t)$", "$c_{out}$", "$c_{out}\\,/\\,(1 - s/t)$")
-
 _DECADES = 3.0  # of the gaps' colour scale: what lies further below the largest is as good as none
-
 _BAND, _POINTS = 0.25, 256  # opacity of intervals, points per curve of a preconditioning
 
 

@@ -38,9 +38,7 @@ from .teacher_report import LevelCheck, TeacherReport
 # digits and photographs: small trained networks stay within 0.8 of these limits; with one of the faults named below the
 # worst level reaches 1.4 to 1e11 of them. A factor 2 in t is the mildest: t / 2 has 1.1 to 4, and 0.8 on one teacher.
 _S_LIMITS = (0.01, 0.2)
-
 _L_LIMITS, _L_RELATIVE = (0.001, 0.0125), 0.25  # in l, and the part of the larger l that "close" allows in addition
-
 _ERROR_LIMITS = (0.01, 0.25)
 
 # A remainder below is the teacher's rounding, relative to x where D is c_skip x + c_out F or x - t F, rather than to D.

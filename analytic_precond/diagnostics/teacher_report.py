@@ -11,13 +11,11 @@ from torch import Tensor
 from ..statistics.teacher_statistics import TeacherStatistics
 
 VERDICTS = ("consistent", "close", "inconsistent")
-
 _SIGMAS = 4.0  # standard errors that are put down to sampling: 40 levels and three checks rarely exceed them by chance
 
 # Relative to the best affine denoiser's, the worst error of any level: with data in another range or another output it
 # was 5 or more (two networks and a Gaussian), of networks trained briefly or not at all 1.1 to 2.9.
 _CONVENTIONS = 4.0
-
 _SAME = 1e-3  # relative: a network that answers the same input twice is exact to its precision
 
 

@@ -25,9 +25,7 @@ from .._checks import all_true, check_choice, check_count, check_tensor
 from .lpips_weights import BACKBONES, Weights, frozen_lpips
 
 _LIMIT = 1.01  # bfloat16's neighbour of 1 is 1.008
-
 _FAR = 100.0  # where no student in training goes, but images in 0..255 do
-
 _EPSILON = 1e-10  # lpips' own, for features of length 0
 
 

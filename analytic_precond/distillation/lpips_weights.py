@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 Weights = Mapping[str, Tensor] | str | os.PathLike[str]
-
 BACKBONES = {  # net: torchvision's name for its weights, and the smallest side that passes through
     "vgg": ("VGG16_Weights.IMAGENET1K_V1", 16),
     "alex": ("AlexNet_Weights.IMAGENET1K_V1", 31),

@@ -40,7 +40,6 @@ from torch import Tensor
 from .._checks import check_choice, check_positive, may_read
 
 Distance = Callable[[Tensor, Tensor], Tensor]
-
 Weighting = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 

@@ -20,7 +20,6 @@ from ..statistics.moments import MOMENTS, group_sizes
 from .sums import NUM_PRODUCTS, open_groups
 
 _KIND = "EstimationState 1"
-
 _HEADER_BYTES = 2**16  # more than 120 levels and the rest take
 
 Packed = tuple[dict[str, Any], dict[str, Tensor]]

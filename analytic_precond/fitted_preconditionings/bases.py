@@ -14,9 +14,7 @@ from .._checks import check_finite, check_tensor
 from .._precision import FixedPrecisionModule, wide_dtype
 
 _LARGEST_MATRIX = 4096  # elements of a sample: the matrix then has 128 MiB
-
 _MOST_GROUPS = 256  # of modes; 106 for a U-Net's 768 raise its untrained miss by less than 1 %
-
 _ORTHONORMAL = 1e-5  # what float32 leaves of Q^T Q = I
 
 

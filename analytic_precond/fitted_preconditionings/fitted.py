@@ -22,9 +22,7 @@ from .follow import FitHeader, FitRun, fit_run
 from .jump_regression import JumpTable
 
 Fitted = TypeVar("Fitted", bound="FittedPreconditioning")
-
 NUM_LEVELS = 40  # docs/method.md, section 10: c_out is then good to 7e-6
-
 _LARGEST = 1e30  # far beyond any coefficient, and far from where float32 ends
 
 

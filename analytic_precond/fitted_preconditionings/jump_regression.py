@@ -30,15 +30,12 @@ from .trajectory_moments import TrajectoryMoments
 # What D must hold beyond a multiple of x to be told from it, in squares. In brackets what is found where it holds
 # nothing: white Gaussian data of 4 to 3072 elements, 40 levels
 _RIDGE = 1e-8  # of the smaller of D and x - D: changes well-posed coefficients by as much
-
 _ROUNDING = 100.0  # times the squared epsilons of the teacher's dtype, of D (0.4 to 26, float32), and of float64, of x
-
 _CANCELLATION = 1000.0  # times the epsilon of float64, of E x: the sums' own rounding (4 to 150)
 
 # of EDM's c_out: errors of a student's network, below which a mode's D tells it nothing. It raises a U-Net's untrained
 # miss by less than 0.5 %, 0.1 by up to 4 %; with none, exact denoisers of two points have a up to 1e5
 NETWORK = 0.03
-
 LEAST_A = 0.5  # an output that hardly moves x_s could not correct it; as against no bound, 0.5 % of miss at most
 
 

@@ -29,7 +29,6 @@ _PLACES = np.linspace(0, 1, 65)
 # Weights against the logarithm of the miss. Tables of 0.1 and 0.02 are less smooth; students trained from them about as
 # fast (docs/evidence.md, "The tables' smoothness")
 _SMOOTHNESS = 1.0  # of u's squared second derivatives in lambda
-
 _PULL = 0.005  # of u's square, which decides where the miss does not
 
 

@@ -20,7 +20,6 @@ from .jump_regression import JumpTable
 from .trajectory_moments import shift_moments
 
 _NUM_LEVELS = 20
-
 _SMALLEST_RATIO, _LARGEST_RATIO = 1.05, 2.0  # of neighbouring levels: 20 from 80 to 0.002 have 1.75
 
 

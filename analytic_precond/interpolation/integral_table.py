@@ -21,7 +21,6 @@ from .float32_integrals import float32_integrals, float32_tables
 from .splines import Array
 
 Function = Callable[[Array], Array]
-
 _CELLS = 512  # 0.02 in lambda each, for the usual range
 _DEGREE = 4  # interpolates exp(h) over a cell to 1e-11
 _MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits

@@ -17,7 +17,6 @@ from .._precision import TableOnDevices
 from .schedules import Schedule, wide, with_slope
 
 Function = Callable[[Tensor], Tensor | float]
-
 _LOG_RANGE, _NODES = 40.0, 4097  # levels from 4e-18 to 2e17; 2 % from node to node
 _NOTHING = 36.0  # an end's level of e^-36, float64's rounding of cos(pi / 2), is meant to be 0; likewise infinity
 _ROUNDING = 1e-6  # relative: what float32 makes of a level at the schedule's end

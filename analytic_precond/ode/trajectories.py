@@ -21,7 +21,6 @@ from .steps import Velocity
 # Dormand and Prince 1980: where slopes are taken, the weights of the earlier ones on the way to each, and of all in the
 # step itself
 _PLACES = (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1)
-
 _STAGES: tuple[tuple[float, ...], ...] = (
     (),
     (1 / 5,),
@@ -32,7 +31,6 @@ _STAGES: tuple[tuple[float, ...], ...] = (
 )
 
 _STEP = (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
-
 PASSES_PER_STEP = len(_PLACES)
 
 

@@ -20,7 +20,6 @@ from ..statistics.teacher_statistics import TeacherStatistics
 from .base import Preconditioning, Scalings
 
 _AT_ONCE = 4096  # levels: a CPU's cache then holds what is computed, which halves the time of 65,536
-
 _ADVICE = "a negative l is noise, take more samples or clamp the table at 0."
 
 

@@ -15,9 +15,7 @@ from ..statistics.teacher_statistics import TeacherStatistics
 from .analytic import EulerStepPreconditioning, check_statistics, theta_of
 
 _NOISE = "noise of few samples, or of a teacher's half precision: take more samples, a teacher in float32, or"
-
 _ADVICE = {"element": f"{_NOISE} per='channel'.", "channel": f"{_NOISE} AnalyticPreconditioning."}
-
 _ADVICE_ON_TABLES = "check sign and scale (s multiplies d lambda, with lambda = -ln t; l is between 0 and 1)."
 
 

@@ -27,11 +27,8 @@ from .moments import Array
 from .teacher_statistics import TeacherStatistics
 
 _FILES = {"l.npz": ("l",), "sb.npz": ("s", "b")}
-
 _LARGEST = 2**34  # bytes of a file's arrays, as of statistics
-
 _COMPRESSED = 2**28  # or as many bytes, or eight times the file's, once unpacked: more is a bomb
-
 _AT_ONCE = 64  # levels: splines of 64x64x3 elements then take megabytes
 
 

@@ -24,15 +24,10 @@ Array = NDArray[np.float64]
 
 # an estimate of tr dD/dx and its normaliser; inner products of E = D - a x, x and y = dE/dlambda (0 where not needed)
 MOMENTS = ("trace", "norm", "EE", "Ex", "xx", "Ey", "xy")
-
 PRODUCTS = ((0, 0), (0, 1), (1, 1), (0, 2), (1, 2))  # the features E, x, y that each moment after norm multiplies
-
 GROUPS = 32
-
 PRECISIONS = {"float32": 1e-7, "float64": 1e-15}  # of D; a remainder below is rounding
-
 _ROUNDING_OF_L = 100.0  # in units of the same: below it may be rounding's effect on l, of differences of D over t
-
 _CANCELLATION = 1e-7  # of E: what the sums' own rounding leaves of g = E - k x where the two cancel
 
 

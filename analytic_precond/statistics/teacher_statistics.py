@@ -22,11 +22,8 @@ from .element_statistics import PARTS, ElementStatistics
 from .moments import MOMENTS, PRECISIONS, Array, is_resolved, jackknife, reference, remainder_square, scales
 
 L_METHODS = ("stein", "hutchinson", "exact")
-
 S_METHODS = ("transport", "jvp", "finite-difference")
-
 _KIND = "TeacherStatistics 1"  # what the file is, and the version of its layout
-
 _LARGEST_ELEMENT = 1e100  # products of three such numbers are finite
 
 

@@ -135,7 +135,6 @@ class PaperExperiment:
 
 
 _LOWEST = (0.3 * 80 ** (1 / 7) + 0.7 * 0.002 ** (1 / 7)) ** 7  # 70 % of Karras's ramp
-
 _FROM_CTM = (
     "optimizer", "inner_target", "denoising_weight", "flips", "sampling_levels", "sample_denoising_levels",
 )  # fmt: skip

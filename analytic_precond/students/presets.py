@@ -23,7 +23,6 @@ from ..preconditionings.base import Preconditioning
 from ..preconditionings.hand_crafted import CMPreconditioning, CTMPreconditioning
 
 _SIGMA_MIN, _SIGMA_MAX, _RHO = 0.002, 80.0, 7.0  # of all codes below; ECT has another sigma_min, but no Karras grid
-
 _ROOTS = _SIGMA_MAX ** (1 / _RHO), _SIGMA_MIN ** (1 / _RHO)
 
 
@@ -181,7 +180,6 @@ _ECT = replace(
 )
 
 _SONY_CTM_CIFAR10 = replace(_SONY_CTM_IMAGENET64, name="sony_ctm_cifar10", num_levels=18)
-
 PRESETS: Mapping[str, Preset] = MappingProxyType(
     {p.name: p for p in (_OPENAI_CM, _SONY_CTM_CIFAR10, _SONY_CTM_IMAGENET64, _EDM, _ECT)}
 )
