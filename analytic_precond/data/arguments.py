@@ -44,13 +44,14 @@ class TeacherPass:
             )
         if not isinstance(description, str | None):
             raise TypeError(f"description must be a str, got {description!r}.")
-        self.denoiser, self.data, self.seed, self.pieces = denoiser, data, seed, Pieces(batch_size)
+        self.denoiser, self.data, self.seed = denoiser, data, seed
         self.levels = levels.detach().to("cpu", torch.float64)
         self.name = name_of(denoiser, description)
         self.device = _device_of(denoiser, data) if device is None else torch.device(device)
         self._condition, self._ownership = condition, Ownership()
-        _warn_if_unknown(denoiser, levels, num_levels)
         _warn_if_training(denoiser)
+        _warn_if_unknown(denoiser, levels, num_levels)
+        self.pieces = Pieces(batch_size)
 
     def rng_kept(self) -> AbstractContextManager[None]:
         """Leave the generators that a pass draws from as they were."""
