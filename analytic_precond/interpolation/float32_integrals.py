@@ -27,8 +27,8 @@ def float32_tables(polynomials: Tensor, running: Tensor, ends: Tensor) -> dict[s
     powers, _, num = polynomials.shape
     # 1. ln L and ln S at the cells' noisy ends, v = -1, and the polynomials of what they add since.
     signs = (-1.0) ** torch.arange(powers - 1, -1, -1, dtype=ends.dtype, device=ends.device)
-    ln_L, ln_S = start = torch.tensordot(signs, polynomials[:, 1:3], 1)
-    cells = polynomials[:, :3].clone()
+    ln_L, ln_S = start = torch.tensordot(signs, polynomials[:, 1:], 1)
+    cells = polynomials.clone()
     cells[-1, 1:] -= start
 
     # 2. The levels of the cells' ends, to twice float32's digits: a level's distance to one is then exact.

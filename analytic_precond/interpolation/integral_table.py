@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._precision import TableModule, outlives
+from .._precision import TableModule
 from .float32_integrals import float32_integrals, float32_tables
 from .splines import Array
 
 Function = Callable[[Array], Array]
 _CELLS = 512  # 0.02 in lambda each, for the usual range
 _DEGREE = 4  # interpolates exp(h) over a cell to 1e-11
+_POWERS_OF_2 = 2.0 ** np.arange(_DEGREE + 1, -1, -1)
 _MAX_FALL = 50.0  # the running integral keeps 106 bits, of which e^-50 leaves more than 7 digits
 _MAX_SPAN = 600.0  # float64 ends at e^709
 _MAX_STEP = 1.0  # in a cell: L S is then interpolated to 4e-5, half as steep to 1e-6
@@ -48,11 +49,8 @@ class IntegralTable(TableModule):
     ends_in = "ends"
     shape: tuple[int, ...] = ()  # of one pair of functions; an `ElementTable` has its elements'
 
-    polynomials: Tensor
-    running: Tensor
+    rows: Tensor
     ends: Tensor
-    _rows: Tensor  # what the first two say of each cell, together
-    _rows_of: tuple[tuple[Tensor, int], ...] = ()  # the tables that they were made of, and their versions
     cells: Tensor  # these three only where there is no float64
     edges: Tensor
     pairs: Tensor
@@ -87,52 +85,21 @@ class IntegralTable(TableModule):
         N = _integrate(np.exp(h - h.max()) @ to_coefficients, width)
         high, low = running_sum(_values(N, np.ones(1))[:, 0])
 
-        # 4. One table of (power, function, cell): l and ln S have one degree less than the two integrals.
+        # 4. One row per cell, so that a level's numbers are gathered at once: polynomials of l, ln L, -ln(L S) and N in
+        # w = v / 2 (scaled by powers of 2, which is exact), N up to the cell, and its middle. Those of l and ln S have
+        # one degree less than the two integrals.
         l_table, S_table = (np.pad(v @ to_coefficients, ((0, 0), (1, 0))) for v in (l_values, ln_S_values - h.max()))
-        polynomials = np.stack([l_table, ln_L, S_table, N]).transpose(2, 0, 1)
-        self.register_buffer("polynomials", torch.from_numpy(polynomials.copy()))
-        self.register_buffer("running", torch.from_numpy(np.stack([high, low], -1)[:-1]))
+        polynomials = np.stack([l_table, ln_L, -(ln_L + S_table), N], -1) * _POWERS_OF_2[:, None]
+        rows = np.column_stack([polynomials.reshape(_CELLS, -1), high[:-1], low[:-1], np.arange(_CELLS) + 0.5])
+        self.register_buffer("rows", torch.from_numpy(rows))
         self.register_buffer("ends", torch.tensor([sigma_max, sigma_min], dtype=torch.float64, device="cpu"))
         self.mirror_ends()
 
     def narrowed(self) -> dict[str, Tensor]:
         """Return the tables of another algorithm: this one's differences need float64."""
-        return float32_tables(self.polynomials, self.running, self.ends)
-
-    def mirror_ends(self) -> None:
-        """Mirror the ends in Python, and lay out the rows."""
-        super().mirror_ends()
-        self._current_rows()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegralTable:
-        super()._apply(fn, recurse)
-        self._current_rows()
-        return self
-
-    def _current_rows(self) -> Tensor:
-        """Return the tables as one row per cell, so that a level's numbers are gathered at once.
-
-        A row holds the polynomials of l, ln L, -ln(L S) and N in w = v / 2 (scaled by powers of 2, which is exact), the
-        running integral as high + low, and the cell's middle. Rows are made anew once tables are others or overwritten.
-        """
-        tables = self.polynomials, self.running
-        if self._rows_of and torch.compiler.is_compiling():
-            return self._rows
-        if self._rows_of and all(
-            table is then and table._version == version
-            for table, (then, version) in zip(tables, self._rows_of, strict=True)
-        ):
-            return self._rows
-        with torch.inference_mode(False):
-            l, ln_L, ln_S, N = self.polynomials.unbind(1)
-            powers = 2.0 ** torch.arange(len(l) - 1, -1, -1, dtype=l.dtype, device=l.device)
-            polynomials = torch.stack([l, ln_L, -(ln_L + ln_S), N], 1) * powers[:, None, None]
-            middle = torch.arange(_CELLS, dtype=l.dtype, device=l.device) + 0.5
-            rows = torch.cat([polynomials.flatten(0, 1), self.running.T, middle[None]]).T.contiguous()
-        if not rows.requires_grad and outlives(rows):
-            self.register_buffer("_rows", rows, persistent=False)
-            self._rows_of = tuple((table, table._version) for table in tables)
-        return rows
+        scaled = self.rows[:, :-3].unflatten(1, (-1, 4)).movedim(0, -1)  # power, function, cell
+        l, ln_L, minus_h, _ = (scaled / torch.from_numpy(_POWERS_OF_2)[:, None, None]).unbind(1)
+        return float32_tables(torch.stack([l, ln_L, -minus_h - ln_L], 1), self.rows[:, -3:-1], self.ends)
 
     def forward(self, t: Tensor, s: Tensor, with_S: bool = True) -> PairIntegrals:
         """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range.
@@ -149,7 +116,7 @@ class IntegralTable(TableModule):
         position = torch.stack([position_t, position_s])
 
         # 2. Each place's cell, and the four polynomials there; w is in [-1/2, 1/2]. NaN becomes some integer.
-        rows = self._current_rows()[position.detach().long().clamp(0, _CELLS - 1)]
+        rows = self.rows[position.detach().long().clamp(0, _CELLS - 1)]
         w = (position - rows[..., -1])[..., None]
         value, *lower_powers = rows[..., :-3].unflatten(-1, (-1, 4)).unbind(-2)
         for coefficient in lower_powers:  # Horner, elementwise: equal levels give equal bits

@@ -64,8 +64,10 @@ class SplineTable(TableModule):
 
     def forward(self, t: Tensor, s: Tensor) -> Tensor:
         """Return the functions' values. Shapes: ``t`` and ``s`` alike, the result ``(F, *t.shape)``."""
-        # together, and so never an index of one number, which the host would read
-        (cell_t, cell_s), (weight_t, weight_s) = self._weights(torch.stack([t, s]))
+        # the first B-spline that is not 0 at each level, and the values of it and the next ones: of both levels
+        # together, and so never by an index of one number, which the host would read
+        cells, places = self._place(torch.stack([t, s]))
+        (cell_t, cell_s), (weight_t, weight_s) = cells, local_weights(self.basis[cells], places)
         local = torch.arange(self.basis.shape[-1], device=t.device)
         index = (cell_t[..., None] + local)[..., None] * len(self.levels) + (cell_s[..., None] + local)[..., None, :]
         # index_select copies rows, many times faster than indexing
@@ -74,11 +76,6 @@ class SplineTable(TableModule):
         with torch.autocast(t.device.type, enabled=False):
             values: Tensor = weight[..., None, :] @ points
         return values.squeeze(-2).movedim(-1, 0)
-
-    def _weights(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the first B-spline that is not 0 at each level, and the values of it and the next ones."""
-        cell, v = self._place(t)
-        return cell, local_weights(self.basis[cell], v)
 
     def _place(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return each level's cell, and where it is in it: what the cell's polynomials are of."""

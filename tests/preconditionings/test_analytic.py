@@ -223,7 +223,7 @@ def test_what_a_transform_makes_is_not_kept() -> None:
     """Rows made anew inside of a jvp are that jvp's."""
     precond = build(1.0, 30)
     with torch.no_grad():
-        precond.integrals.polynomials.mul_(1.0)
+        precond.integrals.rows.mul_(1.0)
     t, s = torch.tensor([5.0, 1.0], dtype=torch.float64)
     torch.func.jvp(lambda s: precond(t, s).c_out, (s,), (torch.ones_like(s),))
     assert torch.equal(copy.deepcopy(precond)(t, s).c_out, build(1.0, 30)(t, s).c_out)
