@@ -30,11 +30,7 @@ class LeastSquaresPreconditioning(FittedPreconditioning):
     A module without parameters: its tables travel in the state dict (and fit any other instance of as many levels),
     move with ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
 
-    Args:
-        table: The coefficients.
-        header: How they were fitted.
-        sigma_data: Standard deviation of the data, for `on_network`.
-        standard_errors: Standard errors of c_skip and c_out for all pairs of levels, t first. Shapes ``(K, K)``.
+    ``standard_errors`` has those of c_skip and c_out for all pairs of ``levels``, t first, of shapes ``(K, K)``.
 
     Examples:
         >>> from analytic_precond import GaussianDenoiser

@@ -42,12 +42,7 @@ class PerModePreconditioning(FittedPreconditioning):
     sample's shape, the lowest frequency first, else they are numbered. A module without parameters: tables and basis
     travel in the state dict, move with ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
 
-    Args:
-        table: The coefficients of each group of modes.
-        header: How they were fitted.
-        sigma_data: Standard deviation of the data, for `on_network`.
-        basis: The basis.
-        groups: The group of each mode. int64, as many as a sample has elements.
+    ``groups`` has the number of the group of each mode, whose coefficients it shares.
 
     Examples:
         >>> from analytic_precond import GaussianDenoiser

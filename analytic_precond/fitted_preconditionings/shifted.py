@@ -43,12 +43,6 @@ class ShiftedPreconditioning(FittedPreconditioning):
     A module without parameters: its tables travel in the state dict (and fit any other instance of as many levels and
     the same ``sigma_data``), move with ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
 
-    Args:
-        table: The coefficients.
-        header: How they were fitted.
-        sigma_data: Standard deviation of the data: the student's.
-        shift: The table of $\ln(t / q) / \ln(t / s)$.
-
     Examples:
         >>> from analytic_precond import GaussianDenoiser
         >>> data = 0.5 * torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
@@ -62,7 +56,7 @@ class ShiftedPreconditioning(FittedPreconditioning):
 
     def __init__(self, table: JumpTable, header: FitHeader, sigma_data: float, shift: SplineTable) -> None:
         super().__init__(table, header, sigma_data)
-        self.shift = shift
+        self.shift = shift  # ln(t / q) / ln(t / s)
 
     @classmethod
     def fit(  # noqa: D417  # the other arguments are described once

@@ -189,15 +189,7 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         self.is_scale_input_called = False
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        """Return ``c_in * sample``, what the network is called with, in the sample's dtype.
-
-        Args:
-            sample: Noisy data. Shape ``(B, ...)``.
-            timestep: One of `timesteps`.
-
-        Raises:
-            ValueError: If ``timestep`` is another.
-        """
+        """Return ``c_in * sample``, what the network is called with at one of `timesteps`, in the sample's dtype."""
         c_in: float = self.config["c_in"][self._rows[self._number(timestep)]]
         self.is_scale_input_called = True
         return (c_in * sample.to(_at_least_float32(sample))).to(sample.dtype)
@@ -212,18 +204,11 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
     ) -> Any:
         """Jump to ``sigma_min`` and add noise up to the next level, if there is one.
 
-        Args:
-            model_output: The raw network's output. Shape ``(B, ...)``.
-            timestep: One of `timesteps`.
-            sample: Noisy data at that level, not scaled. Shape ``(B, ...)``.
-            generator: For the noise, as everywhere in diffusers: one, or one per sample.
-            return_dict: False for a tuple.
+        The arguments are those of any scheduler of diffusers: ``sample`` is noisy data at one of `timesteps`, not
+        scaled, ``model_output`` the raw network's. With ``return_dict=False`` the result is a tuple.
 
         Returns:
             A ``SchedulerOutput`` with ``prev_sample``, or the tuple ``(prev_sample,)``. Dtype of ``sample``.
-
-        Raises:
-            ValueError: If ``timestep`` is not one of `timesteps`.
         """
         number, dtype = self._number(timestep), _at_least_float32(sample)
         row = self._rows[number]
@@ -242,13 +227,7 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        r"""Return the pipeline's noisy data $\alpha (x_0 + t n)$, to start from given images, in their dtype.
-
-        Args:
-            original_samples: Clean data. Shape ``(B, ...)``.
-            noise: Standard normal noise. Shape ``(B, ...)``.
-            timesteps: Of `timesteps`, one per sample or one for all.
-        """
+        r"""Return the pipeline's noisy data $\alpha (x_0 + t n)$ at `timesteps`, one per sample or one for all."""
         rows = [self._rows[self._number(timestep)] for timestep in timesteps.reshape(-1)]
         dtype = _at_least_float32(original_samples)
         tables = torch.tensor([self._alpha, self.config["levels"]], dtype=dtype, device=original_samples.device)
