@@ -252,16 +252,19 @@ class Preconditioning(FixedPrecisionModule):
     def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return the levels in that dtype and of one shape; t is NaN where they are not valid and nobody may look."""
         here, there = self._pair(t, s)
-        # each comparison is a kernel: a smallest level above 0 leaves no t at 0, a largest one none at infinity
-        valid = (there <= here * (1 + ROUNDING)) & (there >= self.sigma_min * (1 - ROUNDING))
-        valid &= here <= self.sigma_max * (1 + ROUNDING) if self.sigma_max < math.inf else here < math.inf
-        if self.sigma_min == 0:
-            valid &= here > 0
+        valid = self._valid(here, there)
         if (all_valid := all_true(valid)) is False:
             index = int((~valid).flatten().nonzero()[0])
             t_bad, s_bad = here.flatten()[index].item(), there.flatten()[index].item()
             raise ValueError(self.fault(t_bad, s_bad, f" at position {index}"))
         return here if all_valid else torch.where(valid, here, torch.nan), there
+
+    def _valid(self, t: Tensor, s: Tensor) -> Tensor:
+        """Return which jumps there are: `fault` for tensors."""
+        # each comparison is a kernel: a smallest level above 0 leaves no t at 0, a largest one none at infinity
+        valid = (s <= t * (1 + ROUNDING)) & (s >= self.sigma_min * (1 - ROUNDING))
+        valid &= t <= self.sigma_max * (1 + ROUNDING) if self.sigma_max < math.inf else t < math.inf
+        return valid & (t > 0) if self.sigma_min == 0 else valid
 
     def _pair(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return two levels of one shape in the wide dtype, where the tables are; without any, where levels are."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_choice, check_not_negative, check_positive
+from .._checks import check_choice, check_not_negative, check_positive
 from .._precision import place, wide_dtype
 from .base import ROUNDING, Preconditioning, Scalings
 
@@ -156,15 +156,8 @@ class CMPreconditioning(Preconditioning):
             return torch.full((), s, dtype=t.dtype, device=t.device)
         return s
 
-    def _levels(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Refuse targets that are not ``sigma_min`` to float32 rounding, too."""
-        t, s = super()._levels(t, s)
-        reached = (s - self.sigma_min).abs() <= ROUNDING * self.sigma_min
-        all_reached = all_true(reached)
-        if all_reached is False:
-            index = int((~reached).flatten().nonzero()[0])
-            raise ValueError(self.fault(t.flatten()[index].item(), s.flatten()[index].item(), f" at position {index}"))
-        return t if all_reached else torch.where(reached, t, torch.nan), s
+    def _valid(self, t: Tensor, s: Tensor) -> Tensor:
+        return super()._valid(t, s) & ((s - self.sigma_min).abs() <= ROUNDING * self.sigma_min)
 
     def fault(self, t: float, s: float, where: str = "") -> str | None:
         """Return what is wrong with a jump, its target included."""
