@@ -86,10 +86,12 @@ class FixedPrecisionModule(nn.Module):
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Add a buffer, which autograd can use even where the module is made under ``torch.inference_mode``."""
-        if tensor is not None and tensor.is_inference():
-            with torch.inference_mode(False):
-                tensor = tensor.clone()
-        super().register_buffer(name, tensor, persistent)
+        super().register_buffer(name, _for_autograd(tensor), persistent)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what was copied or unpickled, under ``torch.inference_mode`` as well."""
+        super().__setstate__(state)
+        self._buffers = {name: _for_autograd(buffer) for name, buffer in self._buffers.items()}
 
     def narrowed(self) -> dict[str, Tensor]:
         """Return what a device without float64 computes with, on the CPU: the float64 buffers, rounded."""
@@ -110,7 +112,8 @@ class FixedPrecisionModule(nn.Module):
         for name, original in originals.items():
             moved = self._buffers[name]
             if original is not None and moved is not None and moved.dtype != original.dtype:
-                self._buffers[name] = original.to(moved.device)
+                moved = original.to(moved.device)
+            self._buffers[name] = _for_autograd(moved)
         self._narrow(device)
         return self
 
@@ -151,6 +154,14 @@ class TableModule(FixedPrecisionModule):
                 return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.mirror_ends()
+
+
+def _for_autograd(tensor: Tensor | None) -> Tensor | None:
+    """Return a buffer itself, or a copy that autograd can use of one made under ``torch.inference_mode``."""
+    if tensor is None or not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False):
+        return tensor.clone()
 
 
 def _is_wide(tensor: Tensor) -> bool:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,13 +320,20 @@ def test_checkpoints_of_another_shape_are_refused() -> None:
     assert not torch.equal(precond(5.0, 1.0).c_out, before)
 
 
-def test_made_in_inference_mode_and_differentiated_outside() -> None:
+@pytest.mark.parametrize(
+    "how", [None, copy.deepcopy, lambda p: p._apply(torch.clone), lambda p: pickle.loads(pickle.dumps(p))]
+)
+def test_made_in_inference_mode_and_differentiated_outside(
+    how: Callable[[Any], Any] | None,
+) -> None:
     stats = statistics(variances())
     for make in (PerElementPreconditioning, ap.AnalyticPreconditioning):
+        own = make(stats)
         with torch.inference_mode():
-            precond = make(stats)
+            precond = make(stats) if how is None else how(own)
+            assert torch.equal(precond(5.0, 0.5).c_out, own(5.0, 0.5).c_out)
         t = torch.tensor([5.0, 1.0], dtype=torch.float64, requires_grad=True)
-        expected = torch.autograd.grad(make(stats)(t, 0.5).c_out.sum(), t)
+        expected = torch.autograd.grad(own(t, 0.5).c_out.sum(), t)
         assert torch.equal(torch.autograd.grad(precond(t, 0.5).c_out.sum(), t)[0], expected[0])
 
 
