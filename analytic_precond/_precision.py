@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Te
         # the CPU would read what has not arrived; MPS goes on to read a source that is gone (pytorch issue 189690)
         return value.to(device, dtype, non_blocking=device.type not in ("cpu", "mps"))
     return torch.full((), value, dtype=dtype, device=device)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Switch autocast off, if the device has any: meta has none, nor MPS before torch 2.5, and torch refuses to try."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def outlives(made: Tensor) -> bool:

@@ -12,7 +12,6 @@ $$d(x, y) = \sum_k \underset{positions}{\mathrm{mean}}\ \sum_c w_{k,c}\, (f_{k,c
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .._checks import all_true, check_choice, check_count, check_tensor
+from .._precision import without_autocast
 from .lpips_weights import BACKBONES, Weights, frozen_lpips
 
 _LIMIT = 1.01  # bfloat16's neighbour of 1 is 1.008
@@ -132,8 +132,7 @@ class LPIPSDistance(nn.Module):
         dtype = next(self.network.parameters()).dtype
         limit = _FAR if x.requires_grad or y.requires_grad else _LIMIT
         valid = self._in_range(x, y, limit) if self.check_range else None
-        kind = x.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        with without_autocast(x.device):
             x, y = x.to(dtype), y.to(dtype)
             if self.chunk is None:
                 distances = self._distance(x, y)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._conditions import Condition
-from .._precision import wide_dtype
+from .._precision import wide_dtype, without_autocast
 from ..data.arguments import TeacherPass
 from ..data.memory import BatchSize
 from ..preconditionings.base import Scalings
@@ -130,11 +130,11 @@ class PerModePreconditioning(FittedPreconditioning):
         return Scalings(c_skip, c_out)
 
     def _to_modes(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return self.basis.to_modes(x)
 
     def _from_modes(self, modes: Tensor) -> Tensor:
-        with torch.autocast(modes.device.type, enabled=False):
+        with without_autocast(modes.device):
             return self.basis.from_modes(modes)
 
     def _combine(self, scalings: Scalings, x: Tensor, D: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._precision import TableModule
+from .._precision import TableModule, without_autocast
 from .splines import Array, spline
 
 
@@ -73,7 +73,7 @@ class SplineTable(TableModule):
         # index_select copies rows, many times faster than indexing
         points = self.control.flatten(0, 1).index_select(0, index.flatten()).unflatten(0, (*t.shape, len(local) ** 2))
         weight = (weight_t[..., :, None] * weight_s[..., None, :]).flatten(-2).to(points.dtype)
-        with torch.autocast(t.device.type, enabled=False):
+        with without_autocast(t.device):
             values: Tensor = weight[..., None, :] @ points
         return values.squeeze(-2).movedim(-1, 0)
 
