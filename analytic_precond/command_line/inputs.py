@@ -16,7 +16,7 @@ from types import ModuleType
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .._files import check_space, checked_target
@@ -172,7 +172,7 @@ def _from_factory(spec: str, argument: str) -> object:
     if not callable(factory):
         raise TypeError(f"{argument} must name a function, got {spec}, {_an(factory)}: wrap it in one.")
     try:
-        inspect.signature(factory).bind()
+        inspect.signature(factory.forward if isinstance(factory, nn.Module) else factory).bind()
     except TypeError as error:
         raise TypeError(
             f"{argument} must name a function without arguments, which returns what to use, got {spec} ({error})."

@@ -36,7 +36,7 @@ class PredictionScalings:
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``c_skip``, ``c_out``, ``c_in`` and ``c_noise`` at noise levels ``t``, refused where it has none."""
-        time = self.schedule.time(t)
+        time = self.schedule.time(torch.where((t >= 0) & (t < math.inf), t, math.nan))  # formulas go on beyond
         if all_true(~time.isnan()) is False:  # off the CPU the result is NaN
             low, high = self.schedule.noise_range or (0.0, math.inf)
             raise ValueError(

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 import analytic_precond as ap
 
+NETWORK = torch.nn.Identity()
 DATA, COUNT = torch.linspace(-1, 1, 60).sin().reshape(20, 3), 20
 
 def teacher():
@@ -304,6 +305,7 @@ def test_an_interruption_without_a_checkpoint_says_so(capsys: pytest.CaptureFixt
                 ("with_label_in_a_module", "Labelled"),
             )
         ),
+        (["teachers:NETWORK"], r"without arguments, .*got teachers:NETWORK \(missing .*'input'\)"),
         (["teachers:with_argument"], r"without arguments, .*got teachers:with_argument \(missing .*'x'\)"),
         (
             ["teachers:no_denoiser", "--data", "teachers:data"],

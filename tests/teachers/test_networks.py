@@ -30,6 +30,15 @@ def test_every_prediction_and_schedule_gives_the_same_denoiser(num: int, name: s
     torch.testing.assert_close(denoised, network.denoiser()(x, LEVELS), rtol=1e-10, atol=1e-10)
 
 
+def test_what_is_no_noise_level_is_refused() -> None:
+    """Many formulas go on there: ln t, given for t, would get an answer."""
+    for schedule, _ in PATHS.values():
+        denoiser = denoiser_from_network(lambda x, time: 0 * x, "epsilon", schedule)
+        for level in (-2.0, -0.5, math.inf, math.nan):
+            with pytest.raises(ValueError, match=rf"noise levels must be within .* got {level:g}: choose levels"):
+                denoiser(torch.ones(2, 3), torch.tensor([1.0, level]))
+
+
 @pytest.mark.parametrize("name", PATHS)
 def test_derivatives_in_x_and_t(name: str) -> None:
     schedule, path = PATHS[name]
