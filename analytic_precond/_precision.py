@@ -97,7 +97,7 @@ class FixedPrecisionModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what was copied or unpickled, under ``torch.inference_mode`` as well."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._buffers = {name: _for_autograd(buffer) for name, buffer in self._buffers.items()}
 
     def narrowed(self) -> dict[str, Tensor]:
