@@ -41,7 +41,8 @@ def outlives(made: Tensor) -> bool:
     """Whether what a call has made may be kept: nothing of a trace or of torch.func's transforms, which end with it."""
     if torch.compiler.is_compiling():  # a compiler keeps values, not its own tensors
         return True
-    return type(made) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(made)
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(made)
+    return type(made) is Tensor and not wrapped and not made.is_inference()  # which autograd refuses later
 
 
 class TableOnDevices:

@@ -357,6 +357,18 @@ def test_noise_is_copied_once(own: Any) -> None:
 # teachers, schedules and the ODE
 
 
+def test_conditions_moved_in_inference_mode_do_not_end_training() -> None:
+    """A validation in inference mode, as Lightning's, may be the first call."""
+    network = nn.Linear(3, 3).to(THERE)
+    denoiser = ap.denoiser_from_network(
+        lambda x, time, label: x + network(label), "epsilon", ap.EDMSchedule(), label=torch.zeros(1, 3)
+    )
+    with torch.inference_mode():
+        denoiser(there(BATCH, 3), level())
+    denoiser(there(BATCH, 3), level()).sum().backward()
+    assert network.weight.grad is not None
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 def test_schedules_and_adapters_can_be_captured(schedule: ap.Schedule) -> None:
     """A table is copied at the first call, as a graph's warming up is."""
