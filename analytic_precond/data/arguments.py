@@ -117,8 +117,8 @@ def _warn_if_unknown(denoiser: Denoiser, levels: Tensor, num: int) -> None:
         inside = "*denoiser.noise_range" if finite else f"{known[0] or 0.002:.4g}, {min(known[1], 80.0):.4g}"
         warn_caller(
             f"the teacher knows noise levels from {known[0]:.4g} to {known[1]:.4g}, the ends of its schedule, "
-            f"but is asked at {ends[0]:.4g} to {ends[1]:.4g}: beyond, it is told the nearest, and its answers are "
-            f"wrong. Leave levels out, or pass log_noise_levels({num}, {inside})."
+            f"but is asked at {ends[0]:.4g} to {ends[1]:.4g}: beyond, its answers are wrong. "
+            f"Leave levels out, or pass log_noise_levels({num}, {inside})."
         )
 
 

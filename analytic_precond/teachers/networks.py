@@ -6,8 +6,10 @@ with four functions of the noise level, which follow from what it predicts under
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -215,6 +217,12 @@ def denoiser_from_edm(
 
 class _EDMDenoiser(NetworkDenoiser):
     """A network that keeps its skip connection inside, so that its input must not be rounded."""
+
+    @cached_property  # k-diffusion's are tensors: on a GPU, to be waited for once
+    def noise_range(self) -> tuple[float, float] | None:
+        """What the network says, as EDM's and k-diffusion's do, by ``sigma_min`` and ``sigma_max``; None of all."""
+        ends = float(getattr(self.network, "sigma_min", 0)), float(getattr(self.network, "sigma_max", math.inf))
+        return None if ends == (0, math.inf) else ends
 
     def _call_network(self, z: Tensor, c_noise: Tensor, condition: dict[str, Any]) -> Tensor:
         labels = condition.get("class_labels")

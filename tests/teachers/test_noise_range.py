@@ -46,6 +46,29 @@ def test_the_range_is_the_tables() -> None:
     assert ap.denoiser_from_edm(Epsilon()).noise_range is None
 
 
+class VE(nn.Module):
+    """The exact denoiser of white Gaussian data; it says its ends as EDM's VEPrecond and k-diffusion's table do."""
+
+    def __init__(self, sigma_min: float | Tensor = 0.02, sigma_max: float | Tensor = 100.0) -> None:
+        super().__init__()
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return VARIANCE / (VARIANCE + sigma[:, None].clamp(0.02, 100.0) ** 2) * x
+
+
+def test_networks_that_say_their_ends_themselves() -> None:
+    denoiser = ap.denoiser_from_edm(VE())
+    assert denoiser.noise_range == (0.02, 100.0)
+    assert ap.denoiser_from_edm(VE(*torch.tensor([0.02, 14.5], dtype=torch.float64))).noise_range == (0.02, 14.5)
+    assert ap.denoiser_from_edm(VE(0, torch.inf)).noise_range is None  # EDMPrecond's
+    assert default_levels(ap.guide(denoiser, denoiser, 1.5), 9)[[0, -1]].tolist() == pytest.approx([80.0, 0.02])
+    with pytest.warns(UserWarning, match=r"from 0\.02 to 100,.*asked at 0\.002 to 80"):
+        ap.estimate_statistics(denoiser, DATA, ap.log_noise_levels(9), num_samples=32, progress=False)
+    model = ap.ConsistencyModel.from_denoiser(denoiser, ap.CTMPreconditioning())
+    assert model.default_range == (0.02, 80.0)
+
+
 def test_of_guided_denoisers_it_is_the_common_one() -> None:
     shorter = teacher(ap.VPDiscreteSchedule(TABLE[100:900]))
     low, high = (((1 - a) / a).sqrt().item() for a in (TABLE[100], TABLE[899]))
