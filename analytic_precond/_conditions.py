@@ -70,6 +70,11 @@ def plain(condition: Any) -> Any:
     return _mapped(condition, lambda part: part.value if isinstance(part, Common) else part)
 
 
+def detached(condition: Any) -> Any:
+    """Return a condition that no gradient passes through."""
+    return _mapped(condition, lambda part: part.detach() if getattr(part, "requires_grad", False) else part)
+
+
 def rows_of(condition: Any, index: Tensor, batch: int) -> Any:
     """Return the condition of ``batch`` samples for rows that are samples ``index`` (on the CPU), without marks."""
 

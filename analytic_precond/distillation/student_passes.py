@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from .._checks import check_answer
-from .._conditions import Condition, plain
+from .._conditions import Condition, detached, plain
 
 StudentFunction = Callable[..., Tensor]
 
@@ -35,23 +35,23 @@ class StudentPasses:
             pass
 
     def jump(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """Return the student's jump from t to s, of x's shape; the generators stay."""
+        """Return the student's jump from t to s, of x's shape, a function of x alone; the generators stay."""
         with self.masks:
-            return self._pass(student, x, t, s)
+            return self._pass(student, x, t, s, detached(self.condition))
 
     def differentiated_jump(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
         """Return the jump that training differentiates, which moves the generators on."""
         self._holder = _Holder(getattr(student, "__self__", student))
         before = {name: (p, p._version) for name, p in _weights(self._holder)}
-        reached = self._pass(student, x, t, s)
+        reached = self._pass(student, x, t, s, self.condition)
         for name, p in _weights(self._holder):
             known, version = before.get(name, (None, 0))
             if p is known and p._version > version:  # not FSDP2's, which come and go
                 self._rewritten[name] = p
         return reached
 
-    def _pass(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        reached = student(x, t, s, **self.condition)
+    def _pass(self, student: StudentFunction, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        reached = student(x, t, s, **condition)
         check_answer(reached, x, "student")
         return reached
 

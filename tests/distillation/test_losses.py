@@ -252,6 +252,25 @@ def test_no_gradient_reaches_the_target_however_it_is_held(
             torch.testing.assert_close(parameter.grad, expected.grad)
 
 
+class ToPoint(nn.Module):
+    """The exact jump for data that are one point, which it is told."""
+
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor, point: Tensor) -> Tensor:
+        return point + ap.expand_to(s / t, x_t) * (x_t - point)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_a_condition_is_learnt_in_the_differentiated_jump_alone(trainable: bool) -> None:
+    """As what an encoder says of labels is."""
+    target = ToPoint()
+    target.register_parameter("unused", nn.Parameter(torch.ones(1), requires_grad=trainable))
+    point, one = torch.full((1, 1), 3.0, requires_grad=True), torch.ones(1, 1)
+    times = JumpTimes(*torch.tensor([[8.0], [4.0], [2.0]]))
+    trajectory_distillation_loss(None, ToPoint(), target, one, one, times, sigma_min=1.0, point=point).loss.backward()
+    # x_8 = 9 and x_s = 9/4 + 3/4 p; estimate x_s / 2 + 3 / 2 = 3.75, target 3.5 of x_4 = 5
+    torch.testing.assert_close(point.grad, torch.tensor([[2 * 0.25 * 3 / 8]]))
+
+
 @pytest.mark.long
 # Dynamo's own doing
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
