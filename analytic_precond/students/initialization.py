@@ -39,7 +39,8 @@ def initialize_from_teacher(
 
     A two-time student has an embedding of the target time that its teacher lacks. Where its last layer is added to the
     teacher's embedding and named in ``zero``, the student starts as the teacher: ``D_student(x, t, s) = D(x, t)``. A
-    layer that normalises its weight (EDM2's) has full norm again after one step: name the gain behind it.
+    layer that normalises its weight has full norm again after one step (EDM2's), or is NaN (``weight_norm``): name the
+    gain behind it, e.g. ``"embed_s.2.parametrizations.weight.original0"``.
 
     A layer may also be wider than the teacher's, as it takes more channels or a longer embedding. With ``partial``,
     what it takes first is treated as by the teacher, and what comes after is ignored at first.
