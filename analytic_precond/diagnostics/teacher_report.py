@@ -108,7 +108,7 @@ class TeacherReport:
         transport, slope, error = (check.grade == 2 for check in (self.transport, self.slope, self.error))
         unclear = self.transport.unclear | self.slope.unclear | self.error.unclear
         if self.repeat_difference > _SAME:
-            yield "It is random: dropout is on, or noise is drawn or labels dropped inside. Call .eval() on it first."
+            yield "It is random: dropout is on, or noise is drawn or labels dropped inside. Call teacher.eval() first."
         if bool((error & (self.error.value > _CONVENTIONS)).any()):
             yield (
                 f"{self._at(error)} an affine map denoises better, by much: the data are in another range than the "
