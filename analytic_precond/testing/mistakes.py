@@ -197,7 +197,7 @@ class _Network:
     def __call__(self, z: Tensor, times: Tensor) -> Tensor:
         times = times.expand(z.shape[:1])
         t = self.schedule.noise_level(times)
-        known = ~self.schedule.time(t).isnan()  # a wrong time may be none at all
+        known = t.isfinite() & ~self.schedule.time(t).isnan()  # a wrong time may be none at all
         alpha = torch.where(known, self.schedule.alpha(times), torch.nan)
         low, high = self.schedule.noise_range or (0.0, torch.inf)
         some_level = min(max(low, 1.0), high)
