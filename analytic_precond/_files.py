@@ -92,7 +92,7 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
 
     Raises:
         FileNotFoundError: If there is no file.
-        ValueError: If it is another one.
+        ValueError: If it is anything else, or not whole.
     """
     path = Path(path)
     if not os.path.exists(path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 WITHOUT_FLOAT64 = ("mps",)  # Apple's
 """Types of the devices that have no float64."""
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -33,7 +34,8 @@ def place(value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Te
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Switch autocast off, if the device has any: meta has none, nor MPS before torch 2.5, and torch refuses to try."""
-    available = torch.amp.is_autocast_available(device.type)
+    # torch 2.4 cannot compile the question
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
@@ -49,7 +51,7 @@ class TableOnDevices:
     """A table on the CPU that no module holds, with its copies on other devices, each made once."""
 
     def __init__(self, table: Tensor) -> None:
-        self.table = table
+        self.table = _for_autograd(table)
         self._copies: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
@@ -65,7 +67,10 @@ class TableOnDevices:
         return self._copies[device]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"table": self.table, "_copies": {}}
+        return {"table": self.table}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
 class FixedPrecisionModule(nn.Module):
@@ -100,6 +105,7 @@ class FixedPrecisionModule(nn.Module):
         """Take over what was copied or unpickled, under ``torch.inference_mode`` as well."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._buffers = {name: _for_autograd(buffer) for name, buffer in self._buffers.items()}
+        self.__dict__.update({name: _for_autograd(self.__dict__[name]) for name in self._narrow_names})
 
     def narrowed(self) -> dict[str, Tensor]:
         """Return what a device without float64 computes with, on the CPU: the float64 buffers, rounded."""
@@ -109,7 +115,8 @@ class FixedPrecisionModule(nn.Module):
         """Make the float32 tensors that a device computes with, None for none."""
         for name in self._narrow_names:
             del self.__dict__[name]
-        tensors = {} if device is None else {name: tensor.to(device) for name, tensor in self.narrowed().items()}
+        narrowed = {} if device is None else self.narrowed()
+        tensors = {name: _for_autograd(tensor.to(device)) for name, tensor in narrowed.items()}
         self.__dict__.update(tensors)
         self.narrow_device, self._narrow_names = device, tuple(tensors)
 
@@ -164,8 +171,8 @@ class TableModule(FixedPrecisionModule):
         self.mirror_ends()
 
 
-def _for_autograd(tensor: Tensor | None) -> Tensor | None:
-    """Return a buffer itself, or a copy that autograd can use of one made under ``torch.inference_mode``."""
+def _for_autograd(tensor: MaybeTensor) -> MaybeTensor:
+    """Return a tensor itself, or a copy that autograd can use of one made under ``torch.inference_mode``."""
     if tensor is None or not tensor.is_inference():
         return tensor
     with torch.inference_mode(False):

@@ -177,6 +177,8 @@ def _from_factory(spec: str, argument: str) -> object:
         raise TypeError(
             f"{argument} must name a function without arguments, which returns what to use, got {spec} ({error})."
         ) from error
+    except ValueError:  # one that inspect cannot tell
+        pass
     result: object = factory()
     return result
 

@@ -63,7 +63,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, by default the process's words, and return the exit code: results go to stdout, all else not."""
+    """Run a command, by default the process's words, and return the exit code; results go to stdout, else stderr."""
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)

@@ -49,9 +49,12 @@ class TeacherPass:
         self.name = name_of(denoiser, description)
         self.device = _device_of(denoiser, data) if device is None else torch.device(device)
         self._condition, self._ownership = condition, Ownership()
-        _warn_if_training(denoiser)
-        _warn_if_unknown(denoiser, levels, num_levels)
-        self.pieces = Pieces(batch_size)
+        self._num_levels, self.pieces = num_levels, Pieces(batch_size)
+
+    def warn(self) -> None:
+        """Warn of what may be meant so, once callers have refused what cannot be."""
+        _warn_if_training(self.denoiser)
+        _warn_if_unknown(self.denoiser, self.levels, self._num_levels)
 
     def rng_kept(self) -> AbstractContextManager[None]:
         """Leave the generators that a pass draws from as they were."""

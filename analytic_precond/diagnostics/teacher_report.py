@@ -21,13 +21,21 @@ _SAME = 1e-3  # relative: a network that answers the same input twice is exact t
 
 @dataclass(frozen=True, eq=False)
 class LevelCheck:
-    """Two numbers per noise level that a perfect teacher makes equal. All tensors have shape ``(K,)``."""
+    """Two numbers per noise level that a perfect teacher makes equal. All tensors have shape ``(K,)``.
+
+    Attributes:
+        value: The number.
+        expected: What it should be.
+        stderr: Standard error of their difference.
+        exact: Differences up to here count as none.
+        close: Differences up to here are what trained networks have.
+    """
 
     value: Tensor
-    expected: Tensor  # what it should be
-    stderr: Tensor  # of their difference
-    exact: Tensor  # differences up to here count as none
-    close: Tensor  # and up to here are what trained networks have
+    expected: Tensor
+    stderr: Tensor
+    exact: Tensor
+    close: Tensor
 
     @property
     def excess(self) -> Tensor:

@@ -49,8 +49,8 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float | None = None) -> Tensor:
     It is $|x - y|^2 / (2c)$ for errors well below c and $|x - y| - c$ well above (Song and Dhariwal 2024, iCT).
     ECT's norm without c is the limit of a small one, such as FastGen's 1e-8.
 
-    The square turns into the norm at ``c``, positive, by default iCT's $0.00054 \sqrt d$. The other arguments, the
-    result and the errors are those of `squared_error`.
+    The square turns into the norm at ``c``, by default iCT's $0.00054 \sqrt d$. The other arguments, the result and the
+    errors are those of `squared_error`, and `TypeError` or `ValueError` if ``c`` is no positive finite number.
 
     Examples:
         >>> pseudo_huber(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), c=12.0)

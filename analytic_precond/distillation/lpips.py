@@ -127,7 +127,15 @@ class LPIPSDistance(nn.Module):
         self.eval()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the distances of images in [-1, 1], ``(B, 3, height, width)``, from their fellows. Shape ``(B,)``."""
+        """Return the distances of images in [-1, 1], ``(B, 3, height, width)``, from their fellows, in float32.
+
+        Returns:
+            One distance per sample, in the network's dtype. Shape ``(B,)``.
+
+        Raises:
+            TypeError: If an argument is not a floating-point tensor.
+            ValueError: If shapes do not fit, or images are (on the CPU) outside [-1, 1].
+        """
         self._check_shapes(x, y)
         dtype = next(self.network.parameters()).dtype
         limit = _FAR if x.requires_grad or y.requires_grad else _LIMIT

@@ -113,9 +113,10 @@ def estimate_statistics(
             check_count(num_samples, 4, "num_samples", "An intercept needs two pairs.")
         check_choice(l_method, L_METHODS, "l_method")
         check_choice(s_method, S_METHODS, "s_method")
+        asked = TeacherPass(denoiser, data, levels, 120, batch_size, seed, condition, device, description)
+        asked.warn()
         if s_method == "transport":
             warn_if_guided(denoiser)
-        asked = TeacherPass(denoiser, data, levels, 120, batch_size, seed, condition, device, description)
         measure = Measurement(denoiser, l_method, s_method, asked.pieces)
         levels, num_levels, largest = asked.levels, len(asked.levels), asked.pieces.size
         checkpoint = None if resume is None else Checkpoint(resume, checkpoint_every, batch_size)

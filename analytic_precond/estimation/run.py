@@ -163,7 +163,10 @@ class EstimationRun:
             source.number_from(group_range(groups.start, request.num_units)[0])
 
     def batches(self, batch_size: int, device: torch.device | None) -> Iterator[tuple[int, Batch]]:
-        """Yield the batches that are still to be added to the state, numbered from 0, on the teacher's device."""
+        """Yield the batches that are still to be added to the state, numbered from 0, on the teacher's device.
+
+        Where the checkpoint cannot be written, the teacher has not been asked yet, or the previous one is intact.
+        """
         placed = (_placed(batch, device) for batch in self._source.batches(self._ranges, batch_size))
         batch = next(placed, None)
         self._prepare(batch)

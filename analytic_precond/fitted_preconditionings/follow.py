@@ -124,6 +124,7 @@ def fit_run(asked: TeacherPass, num_trajectories: int, sigma_data: float, progre
     """Check the rest of what a fit is asked for, read the first batch, and keep torch's generators while it lasts."""
     check_count(num_trajectories, 1, "num_trajectories")
     check_positive(sigma_data, "sigma_data")
+    asked.warn()
 
     def starts() -> Iterator[Start]:
         """Yield the clean data with noise of their own, at the first level."""

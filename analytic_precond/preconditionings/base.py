@@ -104,7 +104,7 @@ class Preconditioning(FixedPrecisionModule):
         return Scalings(c_skip.to(dtype), c_out.to(dtype))
 
     def on_network(self, t: Tensor | float, s: Tensor | float) -> Scalings:
-        """Return ``c_skip`` and ``c_out`` of the same jump on a raw network F inside EDM's denoiser.
+        """Return ``c_skip`` and ``c_out`` of the same jump on a raw network F in EDM's denoiser; see `forward`.
 
         That is of ``x_s = c_skip x_t + c_out F(c_in x_t, ...)``, per mode or element where those of the denoiser are.
         """
@@ -268,12 +268,12 @@ class Preconditioning(FixedPrecisionModule):
 
     def _pair(self, t: Tensor | float, s: Tensor | float) -> tuple[Tensor, Tensor]:
         """Return two levels of one shape in the wide dtype, where the tables are; without any, where levels are."""
-        device = self._device
+        device, owner = self._device, "the preconditioning"
         for level, name in ((t, "t"), (s, "s")):
             check_noise_level(level, name)
             if isinstance(level, Tensor) and level.device.type != "cpu":
-                check_device(level, device or level.device, name, "the preconditioning")
-                device = device or level.device
+                check_device(level, device or level.device, name, owner)
+                device, owner = (device, owner) if device else (level.device, "t")
         if device is None:
             given = any(isinstance(level, Tensor) for level in (t, s))
             device = torch.device("cpu") if given else torch.get_default_device()

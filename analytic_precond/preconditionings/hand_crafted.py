@@ -157,6 +157,7 @@ class CMPreconditioning(Preconditioning):
         return s
 
     def _valid(self, t: Tensor, s: Tensor) -> Tensor:
+        """Only jumps to ``sigma_min``, to float32 rounding."""
         return super()._valid(t, s) & ((s - self.sigma_min).abs() <= ROUNDING * self.sigma_min)
 
     def fault(self, t: float, s: float, where: str = "") -> str | None:

@@ -189,7 +189,11 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         self.is_scale_input_called = False
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        """Return ``c_in * sample``, what the network is called with at one of `timesteps`, in the sample's dtype."""
+        """Return ``c_in * sample``, what the network is called with, in the sample's dtype.
+
+        Raises:
+            ValueError: If ``timestep`` is not one of `timesteps`.
+        """
         c_in: float = self.config["c_in"][self._rows[self._number(timestep)]]
         self.is_scale_input_called = True
         return (c_in * sample.to(_at_least_float32(sample))).to(sample.dtype)
@@ -209,6 +213,9 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
 
         Returns:
             A ``SchedulerOutput`` with ``prev_sample``, or the tuple ``(prev_sample,)``. Dtype of ``sample``.
+
+        Raises:
+            ValueError: If ``timestep`` is not one of `timesteps`.
         """
         number, dtype = self._number(timestep), _at_least_float32(sample)
         row = self._rows[number]
@@ -227,7 +234,10 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        r"""Return the pipeline's noisy data $\alpha (x_0 + t n)$ at `timesteps`, one per sample or one for all."""
+        r"""Return the pipeline's noisy data $\alpha (x_0 + t n)$ at `timesteps`, one per sample or one for all.
+
+        Samples and noise have one shape ``(B, ...)``; the result is in the samples' dtype.
+        """
         rows = [self._rows[self._number(timestep)] for timestep in timesteps.reshape(-1)]
         dtype = _at_least_float32(original_samples)
         tables = torch.tensor([self._alpha, self.config["levels"]], dtype=dtype, device=original_samples.device)

@@ -110,7 +110,11 @@ class Student(NetworkWrapper):
         return self.precond.fault(t, s)
 
     def scalings(self, t: Tensor) -> DenoiserScalings:
-        """Return what makes the denoiser of the raw network at noise levels ``t``, in their dtype or a wider one."""
+        """Return what makes the denoiser of the raw network at noise levels ``t``, in their dtype or a wider one.
+
+        Raises:
+            TypeError: If the student is around a denoiser that does not say.
+        """
         if self.edm is None:
             inner = getattr(self.network, "scalings", None)
             if inner is None:

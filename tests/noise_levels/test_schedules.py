@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -139,6 +140,14 @@ class TestDiscrete:
         assert time[[0, 1, 4]].tolist() == [0.0, 0.0, 999.0]
         torch.testing.assert_close(time[2:4], self.schedule.time(t[2:4]))
         torch.testing.assert_close(self.schedule.noise_level(self.schedule.time(t)), t, rtol=1e-12, atol=0)
+
+    @pytest.mark.parametrize("way", [lambda of: of, copy.deepcopy, lambda of: pickle.loads(pickle.dumps(of))])
+    def test_made_in_inference_mode_and_differentiated_outside(self, way: Any) -> None:
+        with torch.inference_mode():
+            schedule = way(VPDiscreteSchedule(DDPM))
+        t = tensor(0.5, 2.0).requires_grad_()
+        slope = torch.autograd.grad(schedule.time(t).sum(), t)
+        assert torch.equal(slope[0], torch.autograd.grad(self.schedule.time(t).sum(), t)[0])
 
     def test_quantize_picks_the_nearest_log_level(self) -> None:
         schedule = VPDiscreteSchedule(DDPM, quantize=True)

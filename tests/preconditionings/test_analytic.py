@@ -219,16 +219,6 @@ def test_tables_written_in_place_or_exchanged_are_the_ones_used() -> None:
         assert answer == known(4.0, 1.0)
 
 
-def test_what_a_transform_makes_is_not_kept() -> None:
-    """Rows made anew inside of a jvp are that jvp's."""
-    precond = build(1.0, 30)
-    with torch.no_grad():
-        precond.integrals.rows.mul_(1.0)
-    t, s = torch.tensor([5.0, 1.0], dtype=torch.float64)
-    torch.func.jvp(lambda s: precond(t, s).c_out, (s,), (torch.ones_like(s),))
-    assert torch.equal(copy.deepcopy(precond)(t, s).c_out, build(1.0, 30)(t, s).c_out)
-
-
 @pytest.mark.parametrize("theta", [0.5, 1.0])
 def test_many_levels_at_once_are_those_of_few(theta: float) -> None:
     """In values, shape and gradients: calls above 4,096 levels are cut."""

@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from constructions import raw
 from problems import coefficient_tables, gaussian_problem
 from torch import Tensor
-from without_float64 import DEMAND, moved, without_float64
+from torch._subclasses.fake_tensor import FakeTensorMode
+from without_float64 import DEMAND, moved, pretence, without_float64
 
 import analytic_precond as ap
 from analytic_precond.preconditionings.per_element import PerElementPreconditioning
@@ -320,21 +322,37 @@ def test_checkpoints_of_another_shape_are_refused() -> None:
     assert not torch.equal(precond(5.0, 1.0).c_out, before)
 
 
-@pytest.mark.parametrize(
-    "how", [None, copy.deepcopy, lambda p: p._apply(torch.clone), lambda p: pickle.loads(pickle.dumps(p))]
-)
-def test_made_in_inference_mode_and_differentiated_outside(
-    how: Callable[[Any], Any] | None,
-) -> None:
-    stats = statistics(variances())
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "made": lambda precond: precond,
+    "copied": copy.deepcopy,
+    "unpickled": lambda precond: pickle.loads(pickle.dumps(precond)),
+    "moved": lambda precond: precond._apply(torch.clone),  # as .to("cuda") does
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("has_float64", [True, False])
+def test_made_in_inference_mode_and_differentiated_outside(way: Callable[[Any], Any], has_float64: bool) -> None:
+    stats, dtype = statistics(variances()), torch.float64 if has_float64 else torch.float32
     for make in (PerElementPreconditioning, ap.AnalyticPreconditioning):
-        own = make(stats)
-        with torch.inference_mode():
-            precond = make(stats) if how is None else how(own)
-            assert torch.equal(precond(5.0, 0.5).c_out, own(5.0, 0.5).c_out)
-        t = torch.tensor([5.0, 1.0], dtype=torch.float64, requires_grad=True)
-        expected = torch.autograd.grad(own(t, 0.5).c_out.sum(), t)
-        assert torch.equal(torch.autograd.grad(precond(t, 0.5).c_out.sum(), t)[0], expected[0])
+        with nullcontext() if has_float64 else pretence():
+            own = make(stats) if has_float64 else moved(make(stats))
+            with torch.inference_mode():
+                precond = way(make(stats) if has_float64 else moved(make(stats)))
+                assert torch.equal(precond(5.0, 0.5).c_out, own(5.0, 0.5).c_out)
+            t = torch.tensor([5.0, 1.0], dtype=dtype, requires_grad=True)
+            expected = torch.autograd.grad(own(t, 0.5).c_out.sum(), t)
+            assert torch.equal(torch.autograd.grad(precond(t, 0.5).c_out.sum(), t)[0], expected[0])
+
+
+@pytest.mark.parametrize("precond", [ap.CTMPreconditioning(), None], ids=["without tables", "with"])
+def test_levels_on_two_devices_are_told_what_to_move(precond: ap.Preconditioning | None) -> None:
+    owner = "t" if precond else "the preconditioning"
+    precond = precond or PerElementPreconditioning(statistics(variances()))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        t, s = (torch.ones(2, device=f"cuda:{i}") for i in (0, 1))
+        with pytest.raises(ValueError, match=rf"as {owner} is, .*: move {owner} by "):
+            precond(t, s)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # NumPy 2 in diffusers
