@@ -103,7 +103,8 @@ def train_teacher(patches: Tensor, sigma_data: float, steps: int = 600, batch_si
     bar = trange(steps, desc="training the network", unit=" steps")
     for _ in bar:
         x_0 = patches[torch.randint(len(patches), (batch_size,), generator=generator)]
-        t = (2.2 * torch.randn(batch_size, generator=generator)).exp().to(patches)
+        shares = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+        t = (2.2 * torch.special.ndtri(shares)).exp().to(patches)  # each batch has levels of all sizes
         x_t = x_0 + ap.expand_to(t, x_0) * torch.randn(x_0.shape, generator=generator).to(patches)
         weight = ap.expand_to(teacher.edm(t).c_out ** -2, x_0)
         loss = (weight * (teacher(x_t, t) - x_0) ** 2).mean()
@@ -141,7 +142,7 @@ def main() -> None:
     for name, teacher in teachers.items():
         path = output / f"{name.replace(' ', '_')}.safetensors"
         # a third of the levels that the paper takes give the table below to 2e-5
-        ap.estimate_statistics(teacher, patches, ap.log_noise_levels(40), num_samples=512, description=name).save(path)
+        ap.estimate_statistics(teacher, patches, ap.log_noise_levels(40), num_samples=256, description=name).save(path)
         statistics[name] = ap.TeacherStatistics.load(path)  # all that a student needs of its teacher
         preconditionings[name] = ap.AnalyticPreconditioning(statistics[name], sigma_data=sigma_data)
 
