@@ -152,10 +152,15 @@ class AnalyticPreconditioning(EulerStepPreconditioning):
         theta: float | None = None,
         sigma_data: float = 0.5,
     ) -> AnalyticPreconditioning:
-        r"""Build the preconditioning from tables of the coefficients.
+        """Build the preconditioning from tables of the coefficients.
 
-        ``l`` and ``s`` hold $l_t$ and $s_t$ (not its integral S) at decreasing noise levels, shapes ``(K,)``. The other
-        arguments are the constructor's.
+        Args:
+            levels: Decreasing noise levels. Shape ``(K,)``.
+            l: Linear coefficients l_t. Shape ``(K,)``.
+            s: Scaling coefficients s_t (not their integral S). Shape ``(K,)``.
+            discretization: ``"backward"`` or ``"forward"``.
+            theta: A number in [0, 1] instead of a discretization.
+            sigma_data: Standard deviation of the data, for `on_network`.
 
         Returns:
             The preconditioning, for jumps between ``levels[0]`` and ``levels[-1]``.

@@ -167,13 +167,15 @@ class ConsistencyModel(Student):
     ) -> ConsistencyModel:
         """Make a student of any denoiser, of whatever schedule and prediction: at first it jumps as its teacher would.
 
-        It is called as ``denoiser(x, t, **condition)``, e.g. a copy of the teacher from `denoiser_from_network`;
-        trainable: an `nn.Module`, if its parameters are to be the student's. By default ``sigma_min`` is the cleanest
-        level that the preconditioning was made for (0.002 if for any) and that the denoiser knows
-        (`NetworkDenoiser.noise_range`). The errors are the constructor's.
+        Args:
+            denoiser: Called as ``denoiser(x, t, **condition)``, e.g. a copy of the teacher from
+                `denoiser_from_network`. Trainable: an `nn.Module`, if its parameters are to be the student's.
+            precond: The jump's preconditioning on the denoiser.
+            sigma_min: The level that all jumps reach. Default: the cleanest one that the preconditioning was made for
+                (0.002 if for any) and that the denoiser knows (`NetworkDenoiser.noise_range`).
 
         Returns:
-            The student; ``student.network`` is the denoiser.
+            The student; ``student.network`` is the denoiser. The errors are the constructor's.
 
         Examples:
             >>> from analytic_precond import CTMPreconditioning, RectifiedFlowSchedule, denoiser_from_network
