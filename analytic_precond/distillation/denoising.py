@@ -30,8 +30,8 @@ def denoising_loss(
 
     CTM adds it to its trajectory loss with the student's own denoiser, weighted by `adaptive_balance`.
 
-    Of the arguments of `consistency_distillation_loss`, whose errors it has too, it takes ``x_0``, ``noise``,
-    ``distance`` and ``sigma_data``. Its own:
+    Of the arguments of `consistency_distillation_loss` it takes ``x_0``, ``noise``, ``distance`` and ``sigma_data``.
+    Its own:
 
     - ``denoiser``: What is trained: ``student.denoise`` (``wrapper.module.denoise`` of a wrapped one), or a teacher.
     - ``t``: Noise levels, e.g. from `sample_lognormal_noise_levels`, positive. Shape ``(B,)``, or one for all.
@@ -40,6 +40,10 @@ def denoising_loss(
 
     Returns:
         The loss and its terms.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If shapes do not fit or (on the CPU) t is not positive or the loss not finite.
 
     Examples:
         >>> from torch import ones
