@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -17,6 +18,7 @@ from types import ModuleType
 import pytest
 import torch
 from checkout import BENCHMARKS
+from safetensors.torch import load_file
 
 import analytic_precond as ap
 
@@ -91,6 +93,45 @@ def test_the_smoke_benchmark_survives_a_kill_and_reports(tmp_path: Path) -> None
     tables.unlink()
     finish(start("report.py", "--size", "smoke", "--output", str(tmp_path / "none"), "--docs", str(docs)))
     assert tables.read_text() == text  # from the stored numbers
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["annealed", "cm"])
+def test_an_interrupted_run_goes_on_from_its_last_evaluation(
+    load: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str
+) -> None:
+    sizes, train, run_all = load("configurations"), load("train"), load("run")
+    config = dataclasses.replace(sizes.SMOKE, problems=(sizes.SMOKE.problem("spiral"),))
+    monkeypatch.setattr(run_all, "_count", lambda _: None)
+    run_all.prepare(config, tmp_path, "spiral")
+    run = sizes.Run("spiral", method, 0, config.learning_rate, 3)
+    counted: list[int] = []
+
+    def interrupt(iterations: int) -> None:
+        counted.append(iterations)
+        if sum(counted) == 3:  # after the evaluation at iteration 2, in which this one is lost
+            raise KeyboardInterrupt
+
+    def result() -> tuple[list[dict[str, object]], dict[str, torch.Tensor]]:
+        points = json.loads(run.path(tmp_path).read_text())["history"]
+        seconds = ("wall_seconds", "processor_seconds")
+        images = load_file(run.path(tmp_path).with_suffix(".safetensors"))
+        return [{k: v for k, v in point.items() if k not in seconds} for point in points], images
+
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run, config, tmp_path, interrupt)
+    assert not run.path(tmp_path).exists()
+    counted.clear()
+    train.train(run, config, tmp_path, counted.append)
+    assert counted == [2, 1]  # the first two were not done again
+    history, images = result()
+    run.path(tmp_path).unlink()
+    train.train(run, config, tmp_path, counted.append)
+    assert counted == [2, 1, 0, 1, 1, 1]
+    whole, whole_images = result()
+    assert history == whole  # to the last bit
+    torch.testing.assert_close(images, whole_images, rtol=0, atol=0)
+    assert not list(tmp_path.rglob("*.pt"))  # no state of finished runs is kept
 
 
 def history(*values: float) -> list[dict[str, float]]:

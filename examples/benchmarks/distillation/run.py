@@ -1,4 +1,4 @@
-"""Run the whole benchmark: teachers, fits, students. May be killed at any time; finished parts are not done again.
+"""Run the whole benchmark: teachers, fits, students. May be killed at any time; what is done is not done again.
 
 python examples/benchmarks/distillation/run.py            # two cores, under an hour
 python examples/benchmarks/distillation/run.py --smoke    # does everything work? under two minutes

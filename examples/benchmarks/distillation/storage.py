@@ -3,7 +3,9 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,3 +24,30 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
     os.replace(temporary, path)
+
+
+class Checkpoint:
+    """All that a run in progress consists of, written at each evaluation: a killed run goes on from its last."""
+
+    def __init__(self, path: Path, parts: dict[str, Any], generators: tuple[torch.Generator, ...]) -> None:
+        self.path, self.parts, self.generators = path, parts, generators
+
+    def save(self, history: list[dict[str, Any]]) -> None:
+        """Write the state of all parts, and what was measured so far."""
+        states = {name: part.state_dict() for name, part in self.parts.items()}
+        content = {"parts": states, "generators": [g.get_state() for g in self.generators], "history": history}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        torch.save(content, temporary)
+        os.replace(temporary, self.path)
+
+    def load(self) -> list[dict[str, Any]]:
+        """Give all parts their last written state, if there is one, and return what was measured up to there."""
+        if not self.path.exists():
+            return []
+        content = torch.load(self.path, map_location="cpu", weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(content["parts"][name])
+        for generator, state in zip(self.generators, content["generators"], strict=True):
+            generator.set_state(state)
+        return content["history"]

@@ -15,7 +15,7 @@ from configurations import Configuration, Run
 from metrics import STEPS, Evaluation, RandomFeatures
 from networks import student_network
 from preconditionings import METHODS, Method
-from storage import write_json, write_tensors
+from storage import Checkpoint, write_json, write_tensors
 from teachers import load_data, load_reference, load_teacher
 from torch import Tensor, nn
 
@@ -92,12 +92,19 @@ def train(run: Run, config: Configuration, folder: Path, count: Callable[[int], 
     order, times = (torch.Generator().manual_seed(1000 * run.seed + part) for part in (1, 2))
 
     few = reference.start[:16]
-    due, history, clock = problem.evaluations(run.iterations, config.shares), [], Clock(config.device)
-    for iteration in range(run.iterations + 1):
+    clock = Clock(config.device)
+    parts = {"student": student, "average": average, "optimizer": optimizer, "clock": clock}
+    checkpoint = Checkpoint(run.path(folder).with_suffix(".pt"), parts, (order, times))
+    history = checkpoint.load()
+    done = [point["iteration"] for point in history]
+    due, first = set(problem.evaluations(run.iterations, config.shares)) - set(done), max(done, default=0)
+    count(first)
+    for iteration in range(first, run.iterations + 1):
         if iteration in due:
             detailed = iteration >= problem.iterations
             measured = evaluation(sample, follows_ode=method.times == 2, detailed=detailed)
-            history.append({"iteration": iteration, **clock.times(), **measured})
+            history.append({"iteration": iteration, **clock.state_dict(), **measured})
+            checkpoint.save(history)
         if iteration in (problem.iterations, run.iterations):  # a long run has images of the usual length, too
             images = {f"{n} step{'s' * (n > 1)}": sample(few, evaluation.paths[n]).half() for n in STEPS}
             write_tensors(images, replace(run, iterations=iteration).path(folder).with_suffix(".safetensors"))
@@ -117,6 +124,7 @@ def train(run: Run, config: Configuration, folder: Path, count: Callable[[int], 
         count(1)
 
     write_json({"run": vars(run), "history": history}, run.path(folder))  # last: it says that the run is complete
+    checkpoint.path.unlink()
 
 
 class Clock:
@@ -124,7 +132,7 @@ class Clock:
 
     def __init__(self, device: str) -> None:
         self.wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-        self.wall = self.processor = 0.0
+        self.wall_seconds = self.processor_seconds = 0.0
 
     def start(self) -> None:
         """Begin a step."""
@@ -133,9 +141,13 @@ class Clock:
     def stop(self) -> None:
         """End a step."""
         self.wait()
-        self.wall += time.perf_counter() - self._wall
-        self.processor += time.process_time() - self._processor
+        self.wall_seconds += time.perf_counter() - self._wall
+        self.processor_seconds += time.process_time() - self._processor
 
-    def times(self) -> dict[str, float]:
-        """Return the sums in seconds."""
-        return {"wall_seconds": self.wall, "processor_seconds": self.processor}
+    def state_dict(self) -> dict[str, float]:
+        """Return the sums."""
+        return {"wall_seconds": self.wall_seconds, "processor_seconds": self.processor_seconds}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from sums."""
+        self.wall_seconds, self.processor_seconds = state["wall_seconds"], state["processor_seconds"]
