@@ -2,12 +2,15 @@ r"""Processes that work on one result together: a torch.distributed process grou
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
+from .._checks import warn_caller
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)  # with another process's slowest batch; gloo's own is 30 minutes
@@ -91,6 +94,12 @@ def processes() -> Iterator[Processes]:
     They talk through a gloo group of their own: the sums are on the CPU, whatever the teacher runs on.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        launched = os.environ.get("WORLD_SIZE", "1") if dist.is_available() and dist.is_torchelastic_launched() else "1"
+        if launched != "1" and not dist.is_initialized():
+            warn_caller(
+                f"this is one of {launched} processes, but torch.distributed is not initialised: each does all work. "
+                "To share it, call torch.distributed.init_process_group (or make accelerate's Accelerator) first."
+            )
         yield Processes(None)
         return
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)

@@ -52,6 +52,31 @@ def good_runs(rank: int, size: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+UNSHARED = """
+import torch, warnings, analytic_precond as ap
+levels, settings = ap.log_noise_levels(2, 1.0, 2.0), {"num_samples": 4, "progress": False}
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ap.estimate_statistics(ap.GaussianDenoiser(0.25), torch.ones(4, 1), levels, **settings)
+    torch.distributed.init_process_group("gloo")  # the advice
+    ap.estimate_statistics(ap.GaussianDenoiser(0.25), torch.ones(4, 1), levels, **settings)
+torch.distributed.destroy_process_group()
+print([str(warning.message)[:68] for warning in caught])
+"""
+
+
+@pytest.mark.long
+def test_processes_that_share_nothing_are_told(tmp_path: Path) -> None:
+    script = tmp_path / "estimate.py"
+    script.write_text(UNSHARED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    output = subprocess.run(
+        command, capture_output=True, text=True, timeout=100, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    said = "['this is one of 2 processes, but torch.distributed is not initialised']"
+    assert output.stdout.splitlines() == [said, said], output.stderr
+
+
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_several_processes_give_the_numbers_of_one(size: int, tmp_path: Path) -> None:
     every = in_processes(size, tmp_path, good_runs)
