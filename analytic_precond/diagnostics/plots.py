@@ -18,6 +18,7 @@ from .._precision import wide_dtype
 from ..interpolation.splines import Array
 from ..noise_levels.grids import log_noise_levels
 from ..preconditionings.base import Preconditioning
+from ..preconditionings.hand_crafted import CMPreconditioning
 from ..statistics.teacher_statistics import TeacherStatistics
 from .consistency_gap import GapMap
 from .plot_style import FONT, decorate, legend, new_figure, plain_ticks, styles
@@ -91,7 +92,8 @@ def plot_preconditioning(
     r"""Draw $c_{skip}(t, s)$ and $c_{out}(t, s)$ over s, in one column for each noise level t to start from.
 
     Args:
-        preconditionings: One preconditioning, or several by name to compare.
+        preconditionings: One preconditioning, or several by name to compare. `CMPreconditioning` is a dot at the one
+            level that it reaches.
         t: Noise levels to start from.
         sigma_min: Smallest noise level to reach; a preconditioning that ends above it is drawn to its own end.
 
@@ -102,7 +104,8 @@ def plot_preconditioning(
     Raises:
         ImportError: If matplotlib is missing.
         TypeError: If ``preconditionings`` holds anything else, or ``t`` is not made of numbers.
-        ValueError: If there is nothing to draw, or levels ``t`` are out of range (the error lists which).
+        ValueError: If there is nothing to draw, levels ``t`` are out of range (the error lists which), or a consistency
+            model reaches 0, which has no place on a logarithmic axis.
 
     Examples:
         >>> from analytic_precond import CTMPreconditioning
@@ -118,9 +121,10 @@ def plot_preconditioning(
     panels = figure.subplots(4, len(starts), squeeze=False, sharex="col", height_ratios=(3, 2.2, 3, 2.2))
     for column, start in zip(panels.T, starts, strict=True):
         for (name, precond), style in zip(named.items(), styles(), strict=False):
-            s, curves = _curves(precond, start, max(sigma_min, precond.sigma_min))
+            s, curves = _curves(precond, start, sigma_min)
+            dot = {"linestyle": "none", "marker": "o", "markersize": 9} if len(s) == 1 else {}
             for panel, curve in zip(column, curves, strict=True):
-                panel.plot(s, curve, label=name, **style)
+                panel.plot(s, curve, label=name, **style | dot)
         column[0].set_title(f"jumps from $t$ = {start:g}", fontsize=FONT)
         _log_if_wide(column[0], least_decades=0, smallest=sigma_min / start)
         _log_if_wide(column[1], least_decades=1, smallest=1)
@@ -181,10 +185,12 @@ def plot_gap_map(gaps: GapMap) -> Figure:
     return figure
 
 
-def _curves(precond: Preconditioning, t: float, s_min: float) -> tuple[Array, tuple[Array, ...]]:
-    """Return noise levels s from t down to s_min, and the values of the four rows there."""
+def _curves(precond: Preconditioning, t: float, sigma_min: float) -> tuple[Array, tuple[Array, ...]]:
+    """Return noise levels s from t down, or the only one there is, and the values of the four rows there."""
     tensor = next(precond.buffers(), torch.zeros(0, device="cpu"))  # on the device to compute on
-    levels = log_noise_levels(_POINTS, s_min, t).to(tensor.device, wide_dtype(tensor.device))
+    levels = log_noise_levels(_POINTS, _end(precond, sigma_min), t)
+    levels = levels[-1:] if isinstance(precond, CMPreconditioning) else levels
+    levels = levels.to(tensor.device, wide_dtype(tensor.device))
     s, c_skip, c_out = (v.detach().cpu().double().numpy() for v in (levels, *precond(t, levels)))
     if c_skip.shape != s.shape:
         first = ", ".join([":"] + ["0"] * (c_skip.ndim - 1))
@@ -222,11 +228,21 @@ def _starts(t: object) -> list[float]:
     return [float(v) for v in values]
 
 
+def _end(precond: Preconditioning, sigma_min: float) -> float:
+    """Return the level that curves end at; a consistency model has no other."""
+    return precond.sigma_min if isinstance(precond, CMPreconditioning) else max(sigma_min, precond.sigma_min)
+
+
 def _check_reach(preconditionings: Mapping[str, Preconditioning], starts: Sequence[float], sigma_min: float) -> None:
     """Refuse levels to start from that some preconditioning does not have above its end."""
     faults = []
     for name, precond in preconditionings.items():
-        low, high = max(sigma_min, precond.sigma_min), precond.sigma_max
+        low, high = _end(precond, sigma_min), precond.sigma_max
+        if low == 0:
+            raise ValueError(
+                f"preconditionings must reach a level above 0, as its axis is logarithmic, got {name!r}, which reaches "
+                f"0 only: draw it with a small one, e.g. CMPreconditioning(sigma_min=0.002)."
+            )
         outside = [t for t in starts if not low < t <= high * (1 + 1e-6)]  # float32 grids end at 79.99998474
         if outside:
             faults.append(f"{', '.join(f'{t:g}' for t in outside)} for {name!r} ({low:g} < t <= {high:g})")

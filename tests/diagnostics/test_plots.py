@@ -175,6 +175,33 @@ def test_a_table_is_drawn_to_its_own_end(table: ap.AnalyticPreconditioning) -> N
     assert curve(panel, "CTM")[0].min() == 0.002
 
 
+def test_a_consistency_model_is_a_dot_beside_curves(table: ap.AnalyticPreconditioning, tmp_path: Path) -> None:
+    """It has one level to reach, even below where the others are asked to end."""
+    named = {"CM": ap.CMPreconditioning(), "CTM": ap.CTMPreconditioning(), "table": table}
+    figure = plot_preconditioning(named, t=(10.0, 0.5), sigma_min=0.01)
+    for column, t in enumerate((10.0, 0.5)):
+        euler, v = 1 - 0.002 / t, 0.25
+        c_skip = v / ((t - 0.002) ** 2 + v) - euler * v / (t**2 + v)  # the class's docstring
+        expected = (c_skip, c_skip / (0.002 / t), euler, 1.0)
+        for panel, value in zip(figure.axes[column::2], expected, strict=True):
+            (s,), (y,) = curve(panel, "CM")
+            assert s == 0.002
+            assert y == pytest.approx(value, rel=1e-9)  # the difference of two fractions cancels
+            assert curve(panel, "CTM")[0].min() == 0.01
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert [lines[name].get_marker() for name in named] == ["o", "None", "None"]
+    assert legend_texts(figure) == ["CM", "CTM", "table"]
+    draw(figure, tmp_path)
+    draw(plot_preconditioning(ap.CMPreconditioning()), tmp_path)
+
+
+def test_a_consistency_model_that_reaches_0_says_what_can_be_drawn() -> None:
+    named = {"ECT": ap.CMPreconditioning(sigma_min=0.0), "CTM": ap.CTMPreconditioning()}
+    with pytest.raises(ValueError, match=r"got 'ECT', which reaches 0 only: .*CMPreconditioning\(sigma_min=0\.002\)"):
+        plot_preconditioning(named)
+    plot_preconditioning(named | {"ECT": ap.CMPreconditioning(sigma_min=0.002)}, t=5.0)
+
+
 def test_preconditioning_axes(table: ap.AnalyticPreconditioning, tmp_path: Path) -> None:
     figure = plot_preconditioning({"table": table, "CTM": ap.CTMPreconditioning()}, t=(10.0, 5.0, 0.5))
     assert len(figure.axes) == 12
