@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import all_true, check_not_negative
 from .._precision import place
-from ..noise_levels.per_sample import one_per_sample
+from ..noise_levels.per_sample import one_per_sample, per_sample
 from ..preconditionings.base import ROUNDING, Preconditioning
 from .base import NoiseConditioning, Student, takes, third_argument
 
@@ -121,8 +121,12 @@ class ConsistencyTrajectoryModel(Student):
         return self.precond.jump(x_t, self._denoiser(x, q, s, **condition), t, s).to(x_t.dtype)
 
     def denoise(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
-        """Return the denoiser that the student contains: its answer for s = t. Shape and dtype of ``x_t``."""
-        t = one_per_sample(t, x_t)
+        """Return the denoiser that the student contains: its answer for s = t. Shape and dtype of ``x_t``.
+
+        Raises:
+            ValueError: If (on the CPU) ``t`` is negative or not finite.
+        """
+        t = per_sample(t, x_t, "t", zero=True)
         return self._denoiser(x_t, t, t, **condition).to(x_t.dtype)
 
 
@@ -217,8 +221,8 @@ class ConsistencyModel(Student):
         return self.precond.jump(x_t, self._denoiser(x, q, **condition), t, s).to(x_t.dtype)
 
     def denoise(self, x_t: Tensor, t: Tensor | float, **condition: Any) -> Tensor:
-        """Return the denoiser that the student contains. Shape and dtype of ``x_t``."""
-        return self._denoiser(x_t, one_per_sample(t, x_t), **condition).to(x_t.dtype)
+        """Return the denoiser that the student contains. Shape and dtype of ``x_t``. Raises as the two-time one's."""
+        return self._denoiser(x_t, per_sample(t, x_t, "t", zero=True), **condition).to(x_t.dtype)
 
     def _target(self, s: Tensor | float, x: Tensor) -> Tensor:
         """Return ``s``, NaN where it is not ``sigma_min``; refuse that where the values can be read."""

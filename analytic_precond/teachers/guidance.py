@@ -2,13 +2,14 @@ r"""Classifier-free guidance: a conditional and an unconditional denoiser become
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._checks import check_answer, check_callable, check_choice
+from .._checks import all_true, check_answer, check_callable, check_choice
 from .._conditions import plain
 from .._modules import Wrapper
 from .._precision import place
@@ -57,7 +58,7 @@ def guide(
 
     Raises:
         TypeError: If a denoiser is not callable, or ``scale`` or ``shared`` is something else.
-        ValueError: If ``formula`` is unknown.
+        ValueError: If ``formula`` is unknown, or a scale not finite; of tensors, wherever they come from, on the CPU.
 
     Examples:
         >>> c, u = (lambda x, t: x), (lambda x, t: 0 * x)
@@ -145,7 +146,10 @@ class GuidedDenoiser(Wrapper):
 
 
 def _check_scale(scale: Any, name: str) -> float | Tensor:
-    """Refuse what is no scale."""
+    """Refuse what is no scale, or is not finite as far as looking costs no waiting."""
     if isinstance(scale, bool) or not isinstance(scale, int | float | Tensor):
         raise TypeError(f"{name} must be a number or a tensor, got {scale!r} ({type(scale).__name__}): pass a float.")
+    finite = all_true(scale.isfinite()) if isinstance(scale, Tensor) else -math.inf < scale < math.inf
+    if finite is False:
+        raise ValueError(f"{name} must be finite, got {scale}: pass finite numbers, e.g. 3.0.")
     return scale

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._checks import check_finite, check_levels, check_tensor
+from .._checks import check_finite, check_levels, check_not_negative, check_tensor
 from ..noise_levels.grids import log_noise_levels
 from ..noise_levels.per_sample import expand_to
 from ..noise_levels.schedules import Schedule
@@ -51,7 +51,8 @@ def assert_denoiser(
     Raises:
         AssertionError: If answers differ.
         TypeError: If ``x_0`` is not a floating-point tensor.
-        ValueError: If it is empty or not finite, or levels are no decreasing noise levels.
+        ValueError: If it is empty or not finite, levels are no decreasing noise levels, or ``rtol`` is negative or not
+            finite.
 
     Examples:
         >>> import analytic_precond as ap
@@ -66,6 +67,7 @@ def assert_denoiser(
         Traceback (most recent call last):
         AssertionError: the denoiser ... if the network predicts epsilon and it is taken for v.
     """
+    check_not_negative(rtol, "rtol")
     check_tensor(x_0, "x_0")
     check_finite(x_0, "x_0")
     if x_0.ndim < 2 or x_0.numel() == 0:

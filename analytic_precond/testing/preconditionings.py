@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_not_negative
 from ..preconditionings.base import Preconditioning
 from .advice import ROUGHLY, read_out_advice
 from .jumps import Coefficients, Jumps
@@ -59,7 +60,7 @@ def assert_preconditioning(
 
     Raises:
         AssertionError: If a property fails: which, at what t and s, by how much, and what it may be.
-        ValueError: If ``levels`` are no decreasing noise levels.
+        ValueError: If ``levels`` are no decreasing noise levels, or ``rtol`` is negative or not finite.
 
     Examples:
         >>> import analytic_precond as ap
@@ -69,6 +70,7 @@ def assert_preconditioning(
         Traceback (most recent call last):
         AssertionError: read-out: -t d/ds c_out: got 0.5, expected 1, off by 0.5 at t = ...
     """
+    check_not_negative(rtol, "rtol")
     jumps = Jumps(precond, levels, target, sigma_data)
     _check_finite(jumps)
     _check_boundary(jumps)

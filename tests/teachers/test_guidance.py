@@ -141,6 +141,19 @@ class TestGuidance:
         with pytest.raises(TypeError, match="unexpected keyword argument 'guidance_scale'"):
             guide(c, c, 2.0)(self.x, self.t, guidance_scale=2.0)
 
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+    def test_scales_that_are_not_finite_are_refused(self, bad: float) -> None:
+        c = ap.GaussianDenoiser(1.0)
+        for scale in (bad, torch.tensor([1.0, bad])):
+            with pytest.raises(ValueError, match=r"^scale must be finite, got .*: pass finite numbers, e\.g\. 3\.0\."):
+                guide(c, c, scale)
+            with pytest.raises(ValueError, match=r"^the scale that the function returns must be finite, got "):
+                guide(c, c, lambda t, scale=scale: scale)(self.x, self.t)
+            with pytest.raises(ValueError, match=r"^guidance_scale must be finite, got "):
+                guide(c, c, None)(self.x, self.t, guidance_scale=scale)
+        assert guide(c, c, 3.0)(self.x, self.t).isfinite().all()
+        guide(c, c, torch.full((2,), bad, device="meta"))  # a device whose values nobody waits for
+
     def test_bad_arguments(self) -> None:
         with pytest.raises(ValueError, match=r"'from_unconditional', 'from_conditional', got 'cfg'"):
             guide(ap.GaussianDenoiser(1.0), ap.GaussianDenoiser(1.0), 1.0, formula="cfg")

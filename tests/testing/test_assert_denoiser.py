@@ -246,6 +246,8 @@ def test_arguments() -> None:
         assert_denoiser(EXACT, EXACT, torch.ones(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="add a batch dimension"):
         assert_denoiser(EXACT, EXACT, torch.ones(2))
+    with pytest.raises(ValueError, match="rtol must be positive and finite, got nan"):
+        assert_denoiser(EXACT, EXACT, X_0, rtol=float("nan"))
     with pytest.raises(AssertionError, match=r"the reference must return a tensor of x's shape \(6, 2\), got \(6,\)"):
         assert_denoiser(EXACT, lambda x, t: EXACT(x, t)[:, 0], X_0)
 

@@ -338,3 +338,5 @@ def test_one_element_among_many_is_found() -> None:
 def test_levels_are_checked() -> None:
     with pytest.raises(ValueError, match="strictly decreasing"):
         assert_preconditioning(ap.CTMPreconditioning(), torch.tensor([0.1, 1.0]))
+    with pytest.raises(ValueError, match="rtol must be positive and finite, got inf"):
+        assert_preconditioning(ap.CTMPreconditioning(), rtol=float("inf"))
