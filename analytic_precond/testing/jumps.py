@@ -178,6 +178,6 @@ def _slope(c: Tensor, level: Tensor) -> Tensor:
         return torch.zeros_like(c)
     weights = torch.ones_like(c).requires_grad_()
     weighted: tuple[Tensor | None, ...] = torch.autograd.grad(c, level, weights, create_graph=True, allow_unused=True)
-    if weighted[0] is None:
+    if weighted[0] is None or not weighted[0].requires_grad:  # the latter of steps, such as those of torch.round
         return torch.zeros_like(c)
-    return torch.autograd.grad(weighted[0].sum(), weights)[0]
+    return torch.autograd.grad(weighted[0].sum(), weights, materialize_grads=True)[0]

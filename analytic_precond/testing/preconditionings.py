@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._checks import check_not_negative
 from ..preconditionings.base import Preconditioning
-from .advice import ROUGHLY, read_out_advice
+from .advice import ROUGHLY, boundary_advice, read_out_advice
 from .jumps import Coefficients, Jumps
 
 # of a step of 0.01 in lambda and the larger of a coefficient and its slope; smooth ones reach 1e-5 of it
@@ -38,7 +38,8 @@ def assert_preconditioning(
     - ``finite``: for all pairs of levels, the ends included,
     - ``boundary``: $c_{skip}(t, t) = 1$ and $c_{out}(t, t) = 0$ exactly, in float64 and float32,
     - ``gradients``: autograd's derivatives in t and s are those of the values; ``smooth``: without steps or corners,
-    - ``precision``: beside the diagonal c_out keeps ``rtol``, relative: nothing is a difference of float32 numbers,
+    - ``precision``: beside the diagonal c_out keeps ``rtol``, relative: nothing is a difference of float32 numbers;
+      of a `Preconditioning`, which computes in float64 whatever its levels are, for float32 levels, too,
     - ``read-out``: $D = x - t\, \partial_s x_s |_{s = t}$, that is $t\, \partial_s c_{skip} = 1$ and
       $t\, \partial_s c_{out} = -1$ (docs/method.md, section 2),
     - ``broadcast``: pairs of levels give what they give alone,
@@ -102,11 +103,10 @@ def _check_boundary(jumps: Jumps) -> None:
             t = jumps.ends(t[:1])
         if not bool((t > 0).all()):
             continue  # a jump from clean data to clean data has no coefficients
-        why = f"Whatever the network says, a jump from a level to itself changes nothing ({dtype})."
-        if jumps.target is None:
-            why += " If all jumps end at one level, as those of CM's and LCM's scalings, say target=."
-        for (name, c), expected in zip(jumps(t, t)._asdict().items(), (1.0, 0.0), strict=True):
-            jumps.compare(f"boundary: {name}", c.double(), expected, 0.0, t, t, why)
+        c_skip, c_out = (c.double() for c in jumps(t, t))
+        why = partial(boundary_advice, jumps, t, (c_skip == 1) & (c_out == 0))
+        jumps.compare("boundary: c_skip", c_skip, 1.0, 0.0, t, t, why)
+        jumps.compare("boundary: c_out", c_out, 0.0, 0.0, t, t, why)
 
 
 def _check_slopes(jumps: Jumps) -> AssertionError | None:
@@ -142,7 +142,11 @@ def _check_steps(jumps: Jumps, by: str, t: Tensor, s: Tensor) -> None:
         wrong = ~((slope - change).abs() <= allowed)
         what, why = "smooth", "It has a step or a corner there: students are trained across it."
         if wrong.double().mean() > _FEW:
-            what, why = "gradients", "Detached, under no_grad, or a derivative of its own that is wrong."
+            what = "gradients"
+            why = (
+                "Autograd's slope is not that of the values: perhaps detached, under no_grad, of levels rounded to "
+                "those of a table, or a derivative of its own that is wrong."
+            )
         jumps.compare(f"{what}: d/d{by} {name}", slope, change, allowed, t, s, why)
 
 
@@ -173,8 +177,8 @@ def _check_beside_the_diagonal(jumps: Jumps, t: Tensor, s: Tensor, rtol: float, 
         slopes, steps = jumps.slopes(middle, s, "t"), jumps.column(t - s)
     c_skip, c_out = jumps(t, s)
     why = (
-        f"On a jump as short as {h:.0e} t digits are lost: a difference of float32 numbers errs by {6e-8 / h:.0e}. "
-        f"Compute in float64, and differences as (t - s) / t."
+        f"On a jump as short as {h:.0e} t it is not what the slope there makes of it: perhaps digits are lost, as a "
+        f"difference of float32 numbers errs by {6e-8 / h:.0e}. Compute in float64, and differences as (t - s) / t."
     )
     jumps.compare("precision: c_out", c_out, slopes.c_out * steps, rtol * c_out.abs(), t, s, why)
     jumps.compare("precision: c_skip - 1", c_skip - 1, slopes.c_skip * steps, rtol * (h + c_out.abs()), t, s, why)

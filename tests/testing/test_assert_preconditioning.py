@@ -123,6 +123,16 @@ def reads_values(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return s / t, 1 - s / t
 
 
+def rounded_to(num: int) -> Function:
+    """Euler's jump between the nearest levels of a table."""
+    table = ap.log_noise_levels(num)
+
+    def nearest(level: Tensor) -> Tensor:
+        return table[(table.log() - level.log()[..., None]).abs().argmin(-1)]
+
+    return lambda t, s: (nearest(s) / nearest(t), 1 - nearest(s) / nearest(t))
+
+
 # what is planted, and how the message begins and goes on
 PLANTED: dict[str, tuple[Function, dict[str, Any], str]] = {
     "no boundary": (
@@ -131,7 +141,7 @@ PLANTED: dict[str, tuple[Function, dict[str, Any], str]] = {
     ),
     "LCM's scalings": (
         lambda t, s: (V / ((10 * t) ** 2 + V) + 0 * s, 10 * t / ((10 * t) ** 2 + V).sqrt() + 0 * s), {},
-        r"boundary: c_skip: .*CM's and LCM's scalings, say target=",
+        r"boundary: c_skip: .*They do not depend on s, like CM's and LCM's",
     ),
     "LCM's scalings of t - s": (
         lambda t, s: (V / ((10 * (t - s)) ** 2 + V), 10 * (t - s) / ((10 * (t - s)) ** 2 + V).sqrt()), {},
@@ -139,27 +149,27 @@ PLANTED: dict[str, tuple[Function, dict[str, Any], str]] = {
     ),
     "a missing factor sigma_data": (
         lambda t, s: ((V + t * s) / (V + t**2), (t - s) / (t**2 + V).sqrt()), {"sigma_data": D},
-        r"read-out: -t d/ds c_out: got 2, expected 1, off by 1 .*2 times the slope at all levels: a factor, as sigma_d",
+        r"read-out: -t d/ds c_out: got 2, expected 1, off by 1 .*2 times the slope at all levels, as if a factor, such",
     ),
     "a missing square root": (
         ctm_variance(root=False), {},
-        r"read-out: t d/ds c_skip: .*c_skip has 1 to 2 times the slope: a square root or a power is missing",
+        r"read-out: t d/ds c_skip: .*c_skip has 1 to 2 times the slope: perhaps a square root, a power",
     ),
-    "float32 inside": (float32_inside, {}, r"precision: c_out: .* off by .*e-0[78] at .* as short as 2e-04 t digits"),
+    "float32 inside": (float32_inside, {}, r"precision: c_out: .* off by .*e-0[78] at .* as short as 2e-04 t it is "),
     "float32 outside": (
         lambda t, s: (s.float() / t.float(), 1 - s.float() / t.float()), {}, r"dtype: .* got c_skip in torch\.float32",
     ),
     "detached": (
-        lambda t, s: (s / t, (1 - s / t).detach()), {}, r"gradients: d/d[ts] c_out: got 0, expected .*Detached",
+        lambda t, s: (s / t, (1 - s / t).detach()), {}, r"gradients: d/d[ts] c_out: got 0, expected .*perhaps detached",
     ),
     "detached in t only": (lambda t, s: (s / t.detach(), 1 - s / t.detach()), {}, r"gradients: d/dt c_skip: got 0"),
     "NaN in a corner": (nan_in_a_corner, {}, r"finite: c_out: got nan, .* at t = 80, s = 0\.002"),
     "a power": (
         lambda t, s: ((s / t) ** 0.5, 1 - (s / t) ** 0.5), {},
-        r"read-out: .*Both have 0\.5 times the slope: it is a power of s / t that should be s / t",
+        r"read-out: .*Both have 0\.5 times the slope at all levels, like a power of s / t",
     ),
     "the sign of c_out": (lambda t, s: (s / t, s / t - 1), {}, r"read-out: .*c_out has the wrong sign"),
-    "t and s swapped": (lambda t, s: (t / s, 1 - t / s), {}, r"read-out: .*Both have the wrong sign: t and s are swa"),
+    "t and s swapped": (lambda t, s: (t / s, 1 - t / s), {}, r"read-out: .*Both have the wrong sign, as if t and s we"),
     "a step": (with_a_step, {}, r"smooth: d/ds c_skip: .* at t = 80, s = 0\.0998\d* It has a step or a corner|smooth"),
     "a root of a square": (
         lambda t, s: (s / t, ((t - s) ** 2).sqrt() / t), {}, r"read-out: .*got nan, .*not finite there, as that of the",
@@ -171,6 +181,32 @@ PLANTED: dict[str, tuple[Function, dict[str, Any], str]] = {
     "a target that is missed": (
         lambda t, s: (V / ((t - s) ** 2 + V), D * t / (t**2 + V).sqrt()), {"sigma_data": D, "target": 0.002},
         r"boundary: c_skip: .* at t = 0\.002, s = 0\.002",
+    ),
+    "t clamped": (
+        lambda t, s: euler(t.clamp(max=50.0), s), {},
+        r"boundary: c_skip: got 1\.6, .*\. Right are those from t = 0\.002 to 49\.65, as if levels were clamped",
+    ),
+    "t and s clamped": (
+        lambda t, s: euler(t.clamp(min=0.01), s.clamp(min=0.01)), {},
+        r"read-out: .*Both are flat at s = t or right\. Right are those from t = 0\.01008 to 80, as if",
+    ),
+    "the nearest of few levels": (
+        rounded_to(18), {}, r"read-out: .*Both are flat at s = t, as of levels that are rounded to those of a table",
+    ),
+    "the nearest of many levels": (
+        rounded_to(3000), {}, r"gradients: .*perhaps detached, under no_grad, of levels rounded to those",
+    ),
+    "levels rounded by torch": (
+        lambda t, s: euler(t.log().mul(100).round().div(100).exp(), s.log().mul(100).round().div(100).exp()), {},
+        r"gradients: d/dt c_skip: got 0, .*of levels rounded",
+    ),
+    "a multiple of ln(t / s)": (
+        lambda t, s: (1 - (t / s).log() / 10, (t / s).log() / 10), {},
+        r"read-out: .*Both have 0\.1 times the slope at all levels, like .*or a multiple of ln\(t / s\)",
+    ),
+    "a square": (lambda t, s: (s / t, (1 - s / t) ** 2), {}, r"read-out: .*c_out is flat at s = t, like the squ"),
+    "c_skip and c_out swapped": (
+        lambda t, s: (1 - s / t, s / t), {}, r"boundary: c_skip: .*changes nothing \(torch\.float64\)\.$",
     ),
     "values that are read": (reads_values, {"backend": "eager"}, r"compile: not into one graph: call: "),
 }  # fmt: skip
@@ -247,6 +283,12 @@ ADVISED: dict[str, tuple[Function, dict[str, Any], str, Function, dict[str, Any]
     ),
     "epsilon": (on_epsilon, {}, "They multiply epsilon = (x_t - D) / t. On the den", epsilon_on_denoiser, {}),
     "epsilon, with sigma_data": (on_epsilon, {"sigma_data": D}, "They multiply epsilon", epsilon_on_denoiser, {}),
+    "t alone": (
+        lambda t, s: (V / ((t - 0.002) ** 2 + V), D * (t - 0.002) / (t**2 + V).sqrt()), {"sigma_data": D},
+        "They do not depend on s, like CM's and LCM's scalings: if all jumps end at one level, say target=.",
+        lambda t, s: (V / ((t - 0.002) ** 2 + V), D * (t - 0.002) / (t**2 + V).sqrt()),
+        {"sigma_data": D, "target": 0.002},
+    ),
     "floats": (lambda t, s: (0.5, 0.5), {}, "got tuple of (float, float). Levels come as tensors", euler, {}),
     "None": (lambda t, s: (s / t, None), {}, "got tuple of (Tensor, NoneType)", euler, {}),
 }  # fmt: skip
