@@ -31,6 +31,16 @@ def check_tensor(value: object, name: str) -> None:
         )
 
 
+def check_batch(value: Tensor, name: str) -> None:
+    """Refuse anything but a floating-point tensor of at least one sample."""
+    check_tensor(value, name)
+    if value.ndim == 0 or value.numel() == 0:
+        raise ValueError(
+            f"{name} must be a batch of at least one sample, shape (B, ...), got {tuple(value.shape)}: "
+            f"leave empty batches out, give a single sample a batch dimension by {name}[None]."
+        )
+
+
 def check_device(value: Tensor, device: torch.device, name: str, owner: str) -> None:
     """Refuse a tensor on another device than what it meets."""
     if value.device != device:

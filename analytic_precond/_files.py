@@ -113,7 +113,7 @@ def read_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any
     except (SafetensorError, ValueError, TypeError, OSError, RecursionError) as error:
         raise ValueError(
             f"expected a {kind} file as written by save, got {path}, which is not one or is damaged ({error!s:.500}): "
-            f"write it again or fetch it again."
+            f"write it again or fetch it again; load one of another class by that."
         ) from error
 
 

@@ -59,9 +59,15 @@ def load_file(path: str) -> Loaded:
 
 
 def load_statistics(path: str) -> TeacherStatistics:
-    """Read a file of statistics; a checkpoint, which may be taken for one, is called one."""
-    if _kind_of(path) == "EstimationState":
+    """Read a file of statistics; a checkpoint or a fit, which may be taken for one, is called one."""
+    kind = _kind_of(path)
+    if kind == "EstimationState":
         raise ValueError(f"expected a file of results, got {path}: it is a checkpoint of a run: show its --output.")
+    if kind in _FITTED:
+        raise ValueError(
+            f"expected a file of statistics, got {path}: it holds the jumps of a {kind}: take the file that estimate "
+            f"wrote, or see the jumps by show, or by plot --what coefficients."
+        )
     return TeacherStatistics.load(path)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .._checks import check_count, check_levels, check_tensor
+from .._checks import check_batch, check_count, check_levels, check_tensor
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import expand_to, per_sample
 from ..ode.steps import Velocity, widen
@@ -84,6 +84,7 @@ def consistency_gap(
         >>> round(gap.start.item(), 4), round(D_star - 3 / 5, 4)
         (0.1947, 0.1947)
     """
+    check_batch(x_t, "x_t")
     velocity = Velocity.of(denoiser, x_t, condition)
     _check_preconditioning(precond, "precond")
     check_steps(num_steps)
@@ -162,7 +163,8 @@ def gap_map(
                 [   nan,    nan, 0.1451],
                 [   nan,    nan,    nan]], dtype=torch.float64)
     """
-    velocity = Velocity.of(denoiser, widen(x_0) if isinstance(x_0, Tensor) else x_0, condition)
+    check_batch(x_0, "x_0")
+    velocity = Velocity.of(denoiser, widen(x_0), condition)
     check_tensor(noise, "noise")
     if noise.shape != x_0.shape:
         raise ValueError(f"noise must have x_0's shape {tuple(x_0.shape)}, got {tuple(noise.shape)}.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_answer, check_callable, check_levels
+from .._checks import check_answer, check_batch, check_callable, check_levels
 from .._conditions import plain
 from .._precision import wide_dtype
 from ..noise_levels.per_sample import per_sample
@@ -89,6 +89,7 @@ def trajectory_alignment(
         >>> trajectory_alignment(teacher, euler, x, levels, num_steps=16).from_start
         tensor([0.0726, 0.2236], dtype=torch.float64)
     """
+    check_batch(x, "x")
     velocity = Velocity.of(denoiser, x, condition)
     check_callable(student, "student", "student(x_t, t, s)")
     check_levels(levels)

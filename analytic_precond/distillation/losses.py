@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_callable, check_device, check_level, check_positive, check_tensor
+from .._checks import all_true, check_batch, check_callable, check_device, check_level, check_positive, check_tensor
 from .._conditions import Condition
 from .._precision import place, wide_dtype
 from ..noise_levels.per_sample import expand_to
@@ -224,9 +224,9 @@ def _check(
 
 def check_data(x_0: Tensor, noise: Tensor) -> None:
     """Refuse anything but two batches of one shape."""
-    for value, name in ((x_0, "x_0"), (noise, "noise")):
-        check_tensor(value, name)
-    if x_0.shape != noise.shape or x_0.numel() == 0:
+    check_batch(x_0, "x_0")
+    check_tensor(noise, "noise")
+    if x_0.shape != noise.shape:
         raise ValueError(
             f"x_0 and noise must be batches of one shape (B, ...), got {tuple(x_0.shape)} and {tuple(noise.shape)}: "
             f"draw noise with torch.randn(x_0.shape, generator=...)."

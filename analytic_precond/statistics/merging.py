@@ -37,11 +37,13 @@ def merge_statistics(statistics: Sequence[TeacherStatistics]) -> TeacherStatisti
         >>> merge_statistics([run(0), run(1)]).num_samples
         128
     """
-    kinds = {type(part).__name__ for part in statistics} if isinstance(statistics, Sequence) else {"no list"}
-    if kinds - {"TeacherStatistics"}:
+    listed = isinstance(statistics, Sequence) and not isinstance(statistics, str)
+    others = {type(part).__name__ for part in statistics} - {"TeacherStatistics"} if listed else set()
+    if others or not listed:
+        kind = type(statistics).__name__ + (f" with {', '.join(sorted(others))}" if others else "")
         raise TypeError(
-            f"statistics must be a list of TeacherStatistics, got {type(statistics).__name__} of {', '.join(kinds)}: "
-            f"load files with TeacherStatistics.load first."
+            f"statistics must be a list of TeacherStatistics, got {kind}: write merge_statistics([a, b]), and "
+            f"read files by TeacherStatistics.load first."
         )
     if not statistics:
         raise ValueError("statistics must hold at least one TeacherStatistics, got none.")

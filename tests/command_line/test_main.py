@@ -634,7 +634,14 @@ def test_files_of_another_kind_are_named(capsys: pytest.CaptureFixture[str]) -> 
         assert only_line(capsys.readouterr().err).endswith("a.resume: it is a checkpoint of a run: show its --output.")
     for command in (["compare", "a.st"], ["plot", "--output", "a.png"]):
         assert main([*command, "fit.st"]) == 2
-        assert "its header says 'LeastSquaresPreconditioning 1'" in only_line(capsys.readouterr().err)
+        line = only_line(capsys.readouterr().err)
+        assert "got fit.st: it holds the jumps of a LeastSquaresPreconditioning: take the file that estimate" in line
+        assert line.endswith("or see the jumps by show, or by plot --what coefficients.")
+    assert main(["show", "fit.st"]) == 0
+    assert main(["plot", "fit.st", "--what", "coefficients", "--from", "4", "--output", "a.png"]) == 0
+    with pytest.raises(ValueError, match=r"its header says 'LeastSquares.*: write .*; load one of another class by that\."):
+        ap.TeacherStatistics.load("fit.st")
+    ap.LeastSquaresPreconditioning.load("fit.st")
 
 
 def test_a_damaged_fit_is_called_one(capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,6 +143,7 @@ def align(student: Any = exact_student, teacher: Any = None, x: Any = None, **op
         ({"student": 1}, TypeError, r"student must be callable as student\(x_t, t, s\), got int"),
         ({"teacher": 1}, TypeError, r"denoiser must be callable as denoiser\(x, t\), got int"),
         ({"x": torch.ones(2, dtype=torch.int64)}, TypeError, r"x must be a floating-point tensor, got torch\.int64"),
+        ({"x": torch.ones(0, 6)}, ValueError, r"x must be a batch of at least one sample, .*got \(0, 6\): leave empty"),
         ({"levels": LEVELS[:1]}, ValueError, r"levels must be 1-D with at least 2"),
         ({"levels": LEVELS.flip(0)}, ValueError, r"levels must be strictly decreasing"),
         ({"num_steps": 3}, ValueError, r"num_steps must be even, .* got 3"),

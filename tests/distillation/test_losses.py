@@ -598,7 +598,12 @@ def columns(t: float, u: float, s: float) -> JumpTimes:
         ({"times": (1.0, 0.5, 0.1)}, TypeError, "must be JumpTimes, got tuple: take sample_jump_times"),
         ({"times": JumpTimes(*torch.ones(3, 64, dtype=torch.int64))}, TypeError, r"times\.t must be a floating"),
         ({"noise": torch.zeros(64, 5)}, ValueError, r"one shape \(B, \.\.\.\), got \(64, 4\) and \(64, 5\)"),
-        ({"x_0": torch.zeros(0, 4), "noise": torch.zeros(0, 4)}, ValueError, "must be batches of one shape"),
+        (
+            {"x_0": torch.zeros(0, 4), "noise": torch.zeros(0, 4)},
+            ValueError,
+            r"x_0 must be a batch of at least one sample, .*got \(0, 4\): leave empty batches out",
+        ),
+        ({"x_0": torch.tensor(1.0), "noise": torch.tensor(1.0)}, ValueError, r"got \(\): .*x_0\[None\]"),
         ({"x_0": torch.zeros(64, 4, dtype=torch.uint8)}, TypeError, "x_0 must be a floating-point"),
         ({"student": 3}, TypeError, "student and target must be callable as student"),
         ({"target": None}, TypeError, "must be callable"),

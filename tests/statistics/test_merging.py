@@ -45,6 +45,18 @@ def test_what_differs_is_named(change: dict[str, Any], match: str) -> None:
         ap.merge_statistics([one, replace(other, header=replace(other.header, **change))])
 
 
+def test_what_is_no_list_says_how_to_write_one(tmp_path: Path) -> None:
+    one, other, path = estimate(DATA, seed=0), estimate(DATA, seed=1), tmp_path / "one.safetensors"
+    one.save(path)
+    mixed = [one, str(path)]
+    for given, got in (
+        (one, "TeacherStatistics"), (None, "NoneType"), ({one}, "set"), (str(path), "str"), (mixed, "list with str")
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=rf"list of TeacherStatistics, got {got}: write merge_statistics\(\[a, b"):
+            ap.merge_statistics(given)  # type: ignore[arg-type]
+    assert ap.merge_statistics([ap.TeacherStatistics.load(path), other]).num_samples == 2 * one.num_samples
+
+
 class TestSeveralShapes:
     """Aspect-ratio buckets of one teacher: white noise of variance 1 or 4, for which the closed form is known."""
 
