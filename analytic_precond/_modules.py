@@ -5,7 +5,7 @@ A teacher or a network may be a module, a method of one, or a function made of e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -45,6 +45,26 @@ def modules_of(denoiser: object) -> list[nn.Module]:
         elif hasattr(part, "__wrapped__"):
             left.append(part.__wrapped__)
     return list(found)
+
+
+def layers_of(network: object) -> Iterator[object]:
+    """Yield a network and, from outside to inside, what is in it if it is a parallel, averaged or compiled one."""
+    while network is not None:
+        yield network
+        if isinstance(network, partial):
+            network = network.func
+        elif isinstance(network, nn.Module):
+            network = getattr(network, "module", getattr(network, "_orig_mod", None))
+        else:
+            return
+
+
+def attribute(network: object, name: str, default: Any = None) -> Any:
+    """Return an attribute of a network, of the one inside where a wrapper hides it: see `layers_of`."""
+    for layer in layers_of(network):
+        if hasattr(layer, name):
+            return getattr(layer, name)
+    return default
 
 
 def tensors_of(denoiser: object) -> list[Tensor]:
@@ -91,11 +111,12 @@ class NetworkDtype:
                     largest[parameter.dtype] = size, (module, name)
         most = max(sizes, key=lambda dtype: sizes[dtype]) if sizes else None
         ends = [_dtype_at(*places[i]) for i in (0, -1)] if places else [None]
-        said = getattr(modules[0], "dtype", None) if modules else None
+        said = attribute(modules[0], "dtype") if modules else None
         said = said if said in _COMPUTED_IN else None
 
         self._dtype = said or most
-        if ends[0] == ends[-1] != most and ends[0] in _COMPUTED_IN and not hasattr(type(modules[0]), "dtype"):
+        by_property = modules and any(hasattr(type(layer), "dtype") for layer in layers_of(modules[0]))
+        if ends[0] == ends[-1] != most and ends[0] in _COMPUTED_IN and not by_property:
             # guided-diffusion's networks, whose `dtype` is a setting, cast x inside, and back before their last layer
             self._dtype = ends[0]
         # what each call looks at: the ends, and the largest parameter of the dtype that most have

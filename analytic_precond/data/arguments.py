@@ -13,7 +13,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .._checks import check_callable, check_count, check_levels, warn_caller
 from .._conditions import Condition, Ownership, on_device, plain
-from .._modules import Wrapper, modules_of, tensors_of
+from .._modules import Wrapper, layers_of, modules_of, tensors_of
 from ..noise_levels.grids import log_noise_levels
 from ..teachers.denoiser import Denoiser
 from ..teachers.guidance import GuidedDenoiser
@@ -96,9 +96,9 @@ class TeacherPass:
 
 def name_of(denoiser: Denoiser, description: str | None) -> str:
     """Return the teacher in words: the description, or else the name of the network inside this library's adapters."""
-    inner: object = denoiser
+    *_, inner = layers_of(denoiser)
     while isinstance(inner, Wrapper) and inner.named_after is not None:
-        inner = getattr(inner, inner.named_after)
+        *_, inner = layers_of(getattr(inner, inner.named_after))
     return getattr(inner, "__qualname__", type(inner).__name__) if description is None else description
 
 

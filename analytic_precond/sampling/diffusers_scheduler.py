@@ -11,11 +11,12 @@ import math
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from .._checks import warn_caller
 from ..noise_levels.network_scalings import input_scale
 from ..noise_levels.schedules import EDMSchedule, Schedule
+from ..students.base import student_behind
 from ..students.consistency_models import ConsistencyModel
 from .levels import Levels, is_cleanest, resolve_levels
 
@@ -103,13 +104,13 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
 
     @classmethod
     def from_student(
-        cls, student: ConsistencyModel, levels: Levels, schedule: Schedule | None = None
+        cls, student: nn.Module, levels: Levels, schedule: Schedule | None = None
     ) -> ConsistencyJumpScheduler:
         """Return the scheduler of a student, whose raw network the pipeline then holds as ``unet`` or ``transformer``.
 
         Args:
-            student: The student, around that network or the denoiser made of it; of its weights nothing is used. Of an
-                average, pass ``average.module``.
+            student: The student, around that network or the denoiser made of it; of its weights nothing is used. It may
+                be wrapped, as an average is.
             levels: The noise levels that timesteps are indices of, usually the training grid: a final 0 stands for
                 ``sigma_min``. Pipelines start from the noisiest.
             schedule: How the pipeline adds noise: a `VPDiscreteSchedule` for Stable Diffusion's, a
@@ -121,26 +122,27 @@ class ConsistencyJumpScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[mis
                 coefficients per mode or element, or ``schedule`` is no `Schedule`.
             ValueError: If a level is out of the student's range.
         """
-        if not isinstance(student, ConsistencyModel):
+        found = student_behind(student)
+        if not isinstance(found, ConsistencyModel):
             raise TypeError(
                 f"student must be a ConsistencyModel, got {type(student).__name__}: pipelines tell a network one noise "
-                f"level, so no others fit; of an average, pass average.module."
+                f"level, so no others fit."
             )
         schedule = EDMSchedule() if schedule is None else schedule
         if not isinstance(schedule, Schedule):
             raise TypeError(
                 f"schedule must be a Schedule, got {type(schedule).__name__}: e.g. RectifiedFlowSchedule()."
             )
-        grid = resolve_levels(levels, sigma_min=student.sigma_min)
-        rows = [_jump_on_network(student, t) for t in grid]
+        grid = resolve_levels(levels, sigma_min=found.sigma_min)
+        rows = [_jump_on_network(found, t) for t in grid]
         q, c_in, c_skip, c_out = (list(column) for column in zip(*rows, strict=True))
         alpha = schedule.alpha(schedule.time(torch.tensor(grid, dtype=torch.float64, device="cpu"))).tolist()
         c_in, c_skip = ([c / a for c, a in zip(column, alpha, strict=True)] for column in (c_in, c_skip))
         told = torch.tensor(q, dtype=torch.float32, device="cpu")
         with torch.no_grad():  # in float32, as the student tells it with float32 data
-            times = student.scalings(told).c_noise.tolist()
+            times = found.scalings(told).c_noise.tolist()
         scheduler: ConsistencyJumpScheduler = cls(
-            levels=grid, c_noise=times, c_in=c_in, c_skip=c_skip, c_out=c_out, sigma_min=student.sigma_min, alpha=alpha
+            levels=grid, c_noise=times, c_in=c_in, c_skip=c_skip, c_out=c_out, sigma_min=found.sigma_min, alpha=alpha
         )
         return scheduler
 

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._checks import check_answer, check_callable
 from .._conditions import plain
-from .._modules import NetworkWrapper, modules_of
+from .._modules import NetworkWrapper, attribute, layers_of, modules_of
 from ..noise_levels.network_scalings import DenoiserScalings, EDMPreconditioning
 from ..noise_levels.per_sample import expand_to
 from ..preconditionings.base import Preconditioning
@@ -30,9 +30,11 @@ NoiseConditioning = Callable[[Tensor], Tensor]
 
 def _is_denoiser(network: object) -> bool:
     """Whether it is one of this library's, or EDM's or EDM2's with their scalings, told by what only these have."""
-    network = getattr(network, "module", network)
-    edm2 = hasattr(network, "logvar_fourier") and hasattr(network, "sigma_data")
-    return edm2 or any(hasattr(network, name) for name in ("noise_range", "scalings", "round_sigma"))
+    for layer in layers_of(network):
+        edm2 = hasattr(layer, "logvar_fourier") and hasattr(layer, "sigma_data")
+        if edm2 or any(hasattr(layer, name) for name in ("noise_range", "scalings", "round_sigma")):
+            return True
+    return False
 
 
 class Student(NetworkWrapper):
@@ -75,7 +77,7 @@ class Student(NetworkWrapper):
     def _build(self, network: Callable[..., Tensor], precond: Preconditioning, name: str, arguments: str) -> None:
         """Set what all students have; by itself, they are around a denoiser."""
         check_callable(network, name, f"{name}({arguments})")
-        if isinstance(network, Student):
+        if student_behind(network) is not None:
             raise TypeError(
                 f"{name} must not be a student, which jumps, got {type(network).__name__}: pass its denoise."
             )
@@ -102,7 +104,7 @@ class Student(NetworkWrapper):
         Those that the preconditioning was made for and, where the student is around a denoiser, the denoiser knows.
         """
         low, high = self.precond.default_range
-        known = getattr(self.network, "noise_range", None) if self.edm is None else None
+        known = attribute(self.network, "noise_range") if self.edm is None else None
         return (low, high) if known is None else (max(low, known[0]), min(high, known[1]))
 
     def fault(self, t: float, s: float) -> str | None:
@@ -116,7 +118,7 @@ class Student(NetworkWrapper):
             TypeError: If the student is around a denoiser that does not say.
         """
         if self.edm is None:
-            inner = getattr(self.network, "scalings", None)
+            inner = attribute(self.network, "scalings")
             if inner is None:
                 raise TypeError(
                     f"expected a denoiser that says how it is made of a raw network, got "
@@ -149,7 +151,7 @@ class Student(NetworkWrapper):
         if self.target_time is not None and len(levels) == 2:
             time = self.scalings(levels[1]).c_noise
             if time.is_floating_point():
-                dtype = getattr(self.network, "time_dtype", None) or torch.promote_types(own, torch.float32)
+                dtype = attribute(self.network, "time_dtype") or torch.promote_types(own, torch.float32)
                 time = time.to(dtype)  # as the denoiser tells its own
             levels, condition = levels[:1], {**condition, self.target_time: time}
         # the denoiser may overwrite what it gets
@@ -161,7 +163,7 @@ class Student(NetworkWrapper):
 def takes(function: object, positional: int, *, alone: bool = False) -> bool:
     """Whether a function or a module, as far as it says, takes so many positional arguments; ``alone``: no others."""
     try:
-        signature = inspect.signature(getattr(function, "forward", function))  # type: ignore[arg-type]
+        signature = _signature(function)
         (signature.bind if alone else signature.bind_partial)(*[None] * positional)
     except TypeError:
         return False
@@ -173,17 +175,28 @@ def takes(function: object, positional: int, *, alone: bool = False) -> bool:
 def third_argument(function: object) -> str:
     """Return the name of a function's or a module's third positional argument, as far as it says."""
     try:
-        names = list(inspect.signature(getattr(function, "forward", function)).parameters)  # type: ignore[arg-type]
+        names = list(_signature(function).parameters)
     except (TypeError, ValueError):
         return ""
     return names[2] if len(names) > 2 else ""
 
 
+def _signature(function: object) -> inspect.Signature:
+    """Return the signature of a function or a module; of a wrapper that takes anything, that of what is inside."""
+    for layer in layers_of(function):
+        signature = inspect.signature(getattr(layer, "forward", layer))  # type: ignore[arg-type]
+        kinds = {parameter.kind for parameter in signature.parameters.values()}
+        if not kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+            break
+    return signature
+
+
 def student_behind(student: object) -> Student | None:
     """Return the student inside wrappers (averaged, parallel, compiled); None of any other callable."""
-    while isinstance(student, nn.Module) and not isinstance(student, Student):
-        student = getattr(student, "module", getattr(student, "_orig_mod", None))
-    return student if isinstance(student, Student) else None
+    for layer in layers_of(student):
+        if isinstance(layer, Student):
+            return layer
+    return None
 
 
 def default_range(student: object) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import all_true, check_not_negative
+from .._modules import attribute
 from .._precision import place
 from ..noise_levels.per_sample import one_per_sample, per_sample
 from ..preconditionings.base import ROUNDING, Preconditioning
@@ -90,7 +91,7 @@ class ConsistencyTrajectoryModel(Student):
             )
         if target_time is not None and not isinstance(target_time, str):
             raise TypeError(f"target_time must be the name of a keyword, got {target_time!r}.")
-        if target_time is not None and not hasattr(denoiser, "scalings"):
+        if target_time is not None and attribute(denoiser, "scalings") is None:
             raise TypeError(
                 f"target_time is for denoisers around a network, which say what it is told, got "
                 f"{type(denoiser).__name__}: make it with denoiser_from_network, or pass a denoiser(x, t, s) without "

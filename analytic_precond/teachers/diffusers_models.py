@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_choice
-from .._modules import Wrapper
+from .._modules import Wrapper, attribute
 from ..noise_levels.network_scalings import EDMPreconditioning, cm_c_noise
 from ..noise_levels.schedules import EDMSchedule, RectifiedFlowSchedule, TrigFlowSchedule
 from ..noise_levels.vp_schedules import VPDiscreteSchedule
@@ -124,7 +124,8 @@ class _TimestepByKeyword(Wrapper):
     @property
     def dtype(self) -> torch.dtype | None:
         """What the model says that it computes in."""
-        return getattr(self.model, "dtype", None)
+        said: torch.dtype | None = attribute(self.model, "dtype")
+        return said
 
     def forward(self, x: Tensor, time: Tensor, **condition: Any) -> Any:
         return self.model(x, timestep=time, return_dict=False, **condition)[0]

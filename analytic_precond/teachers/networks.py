@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._checks import check_answer, check_callable, check_tensor
 from .._conditions import expanded, on_device, plain
-from .._modules import NetworkWrapper, modules_of
+from .._modules import NetworkWrapper, attribute, modules_of
 from .._precision import outlives, wide_dtype
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import EDMSchedule, Schedule
@@ -221,13 +221,13 @@ class _EDMDenoiser(NetworkDenoiser):
     @cached_property  # k-diffusion's are tensors: on a GPU, to be waited for once
     def noise_range(self) -> tuple[float, float] | None:
         """What the network says, as EDM's and k-diffusion's do, by ``sigma_min`` and ``sigma_max``; None of all."""
-        ends = float(getattr(self.network, "sigma_min", 0)), float(getattr(self.network, "sigma_max", math.inf))
+        ends = float(attribute(self.network, "sigma_min", 0)), float(attribute(self.network, "sigma_max", math.inf))
         return None if ends == (0, math.inf) else ends
 
     def _call_network(self, z: Tensor, c_noise: Tensor, condition: dict[str, Any]) -> Tensor:
         labels = condition.get("class_labels")
         some = labels is not None and not (isinstance(labels, Tensor) and labels.shape[-1:] == (0,))  # EDM's loaders
-        if getattr(self.network, "label_dim", None) == 0 and some:
+        if attribute(self.network, "label_dim") == 0 and some:
             raise ValueError(
                 "expected no class_labels, as the network is unconditional (label_dim = 0) and would ignore them, got "
                 "some: drop them, or load the conditional network."

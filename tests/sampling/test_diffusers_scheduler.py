@@ -177,6 +177,13 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(result.float(), expected, rtol=0, atol=tolerance)
 
 
+def test_wrapped_students() -> None:
+    student = student_of(unet(), analytic())
+    expected = ConsistencyJumpScheduler.from_student(student, GRID).config
+    for wrapped in (ap.exponential_moving_average(student, 0.9), torch.nn.DataParallel(student)):
+        assert ConsistencyJumpScheduler.from_student(wrapped, GRID).config == expected
+
+
 def test_other_sigma_data_and_grid() -> None:
     """The student's own sigma_data, sigma_min and a grid that ends with 0 or above sigma_min."""
     model = unet()

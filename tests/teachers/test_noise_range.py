@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 import analytic_precond as ap
-from analytic_precond.data.arguments import default_levels
+from analytic_precond.data.arguments import default_levels, name_of
 
 # Stable Diffusion's: betas between 0.00085 and 0.012, linear in their root
 TABLE = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
@@ -53,7 +54,7 @@ class VE(nn.Module):
         super().__init__()
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 
-    def forward(self, x: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor | None = None, force_fp32: bool = False) -> Tensor:
         return VARIANCE / (VARIANCE + sigma[:, None].clamp(0.02, 100.0) ** 2) * x
 
 
@@ -67,6 +68,39 @@ def test_networks_that_say_their_ends_themselves() -> None:
         ap.estimate_statistics(denoiser, DATA, ap.log_noise_levels(9), num_samples=32, progress=False)
     model = ap.ConsistencyModel.from_denoiser(denoiser, ap.CTMPreconditioning())
     assert model.default_range == (0.02, 80.0)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "parallel": nn.parallel.DistributedDataParallel,
+    "averaged": AveragedModel,
+    "compiled": lambda network: torch.compile(network, backend="eager"),
+    "both": lambda network: torch.compile(AveragedModel(network), backend="eager"),
+    "partial": lambda network: partial(network, force_fp32=True),
+}
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
+def test_wrapped_networks_say_what_those_inside_do(wrap: Callable[[nn.Module], Any]) -> None:
+    network = VE()
+    network.label_dim, network.weight = 0, nn.Parameter(torch.ones(1))  # DDP wants a parameter
+    denoiser = ap.denoiser_from_edm(wrap(network))
+    assert denoiser.noise_range == (0.02, 100.0)
+    assert name_of(denoiser, None) == name_of(wrap(denoiser), None) == "VE"
+    with pytest.raises(ValueError, match=r"unconditional \(label_dim = 0\)"):
+        denoiser(DATA, torch.ones(len(DATA)), class_labels=torch.eye(2))
+    # and wrapped denoisers
+    model = ap.ConsistencyModel.from_denoiser(wrap(denoiser), ap.CTMPreconditioning())
+    assert model.default_range == (0.02, 80.0)
+    t = torch.tensor([0.5, 2.0])
+    for ours, inner in zip(model.scalings(t), denoiser.scalings(t), strict=True):
+        assert torch.equal(ours, inner)
+    with pytest.raises(TypeError, match="which is a denoiser already"):
+        ap.ConsistencyModel(wrap(denoiser), ap.CTMPreconditioning())
+    with pytest.raises(TypeError, match="must not be a student"):
+        ap.ConsistencyModel.from_denoiser(wrap(model), ap.CTMPreconditioning())
+    with pytest.raises(TypeError, match="the second noise level, got class_labels"):  # would be told s as a label
+        ap.ConsistencyTrajectoryModel.from_denoiser(wrap(network), ap.CTMPreconditioning())
 
 
 def test_of_guided_denoisers_it_is_the_common_one() -> None:

@@ -106,6 +106,7 @@ def test_everything_calls_a_network_in_its_own_dtype(make: Callable[[], Recorder
         lambda: ap.heun_step(network, X, T, T / 2),
         lambda: ap.heun_step(ap.denoiser_from_network(network, "epsilon", ap.EDMSchedule()).network, X, T, T / 2),
         lambda: ap.heun_step(partial(network.forward), X, T, T / 2),
+        lambda: ap.heun_step(nn.DataParallel(network), X, T, T / 2),
     ]
     for call in calls:
         network.seen.clear()
