@@ -59,8 +59,7 @@ class TableOnDevices:
         if device.type == "cpu" or torch.compiler.is_compiling():
             return place(self.table, device, self.table.dtype)
         if device not in self._copies:
-            with torch.inference_mode(False):  # for autograd, too
-                copied = place(self.table, device, self.table.dtype)
+            copied = _for_autograd(place(self.table, device, self.table.dtype))
             if not outlives(copied):
                 return copied
             self._copies[device] = copied

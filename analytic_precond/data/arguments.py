@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,12 +50,12 @@ class TeacherPass:
         self.name = name_of(denoiser, description)
         self.device = _device_of(denoiser, data) if device is None else torch.device(device)
         self._condition, self._ownership = condition, Ownership()
-        self._num_levels, self.pieces = num_levels, Pieces(batch_size)
+        self.pieces = Pieces(batch_size)
 
     def warn(self) -> None:
         """Warn of what may be meant so, once callers have refused what cannot be."""
         _warn_if_training(self.denoiser)
-        _warn_if_unknown(self.denoiser, self.levels, self._num_levels)
+        _warn_if_unknown(self.denoiser, self.levels)
 
     def rng_kept(self) -> AbstractContextManager[None]:
         """Leave the generators that a pass draws from as they were."""
@@ -73,11 +74,15 @@ class TeacherPass:
             shape = batch.x.shape[1:]
             yield batch if self.device is None else batch._replace(x=batch.x.to(self.device))
 
+    @cached_property
+    def _takes_labels(self) -> bool:
+        """Whether the teacher is one of EDM's that take labels, and no labels for zeros."""
+        return any(vars(module).get("label_dim") for module in modules_of(self.denoiser))
+
     def conditions(self, batch: Batch) -> Condition:
         """Return what the teacher is told with a batch, made of what follows x in it, where its samples are."""
         if self._condition is None:
-            # EDM's networks take no labels for zeros
-            if batch.extra and any(vars(module).get("label_dim") for module in modules_of(self.denoiser)):
+            if batch.extra and self._takes_labels:
                 warn_caller(
                     "the teacher is class-conditional, but does not get the labels that the batches hold: pass "
                     "condition=lambda label: {'class_labels': label}, one-hot if it is EDM's."
@@ -111,7 +116,7 @@ def default_levels(denoiser: Denoiser, num: int) -> Tensor:
     return log_noise_levels(num, max(low, 0.002), min(high, 80.0))
 
 
-def _warn_if_unknown(denoiser: Denoiser, levels: Tensor, num: int) -> None:
+def _warn_if_unknown(denoiser: Denoiser, levels: Tensor) -> None:
     """Warn of levels that the teacher does not know."""
     known = noise_range_of(denoiser)
     ends = levels[-1].item(), levels[0].item()
@@ -121,7 +126,7 @@ def _warn_if_unknown(denoiser: Denoiser, levels: Tensor, num: int) -> None:
         warn_caller(
             f"the teacher knows noise levels from {known[0]:.4g} to {known[1]:.4g}, the ends of its schedule, "
             f"but is asked at {ends[0]:.4g} to {ends[1]:.4g}: beyond, its answers are wrong. "
-            f"Leave levels out, or pass log_noise_levels({num}, {inside})."
+            f"Leave levels out, or pass log_noise_levels({len(levels)}, {inside})."
         )
 
 

@@ -79,6 +79,18 @@ def test_a_warning_points_at_the_caller(call: Callable[[Path], object], tmp_path
     assert places == {(Path(__file__), call.__code__.co_firstlineno)}
 
 
+def test_a_labelled_batch_is_no_walk_through_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = []
+    monkeypatch.setattr(Labelled, "modules", lambda module: (walks.append(0), nn.Module.modules(module))[1])
+    counts = []
+    for batch_size in (16, 1):
+        walks.clear()
+        with pytest.warns(UserWarning, match="class-conditional"):
+            ap.estimate_statistics(Labelled(), LABELLED, batch_size=batch_size, **OPTIONS)
+        counts.append(len(walks))
+    assert counts[0] == counts[1] > 0
+
+
 def test_a_warning_is_shown_once_for_each_line_that_calls() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")

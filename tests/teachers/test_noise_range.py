@@ -156,13 +156,14 @@ OUTSIDE = r"knows noise levels from 0\.02917 to 14\.61.*is asked at {}.*log_nois
 )
 def test_levels_outside_give_a_warning_with_the_ends(levels: list[float], asked: str) -> None:
     kwargs: dict[str, Any] = {"levels": torch.tensor(levels), "progress": False}
+    outside = OUTSIDE.format(asked, len(levels))
     for denoiser in (teacher(), ap.guide(teacher(), teacher(), 1.5)):
-        with pytest.warns(UserWarning, match=OUTSIDE.format(asked, 120)) as caught:
+        with pytest.warns(UserWarning, match=outside) as caught:
             ap.estimate_statistics(denoiser, DATA, num_samples=32, s_method="finite-difference", **kwargs)
         assert [warning.filename for warning in caught] == [__file__]
-    with pytest.warns(UserWarning, match=OUTSIDE.format(asked, 40)):
+    with pytest.warns(UserWarning, match=outside):
         ap.LeastSquaresPreconditioning.fit(teacher(), DATA, num_trajectories=32, **kwargs)
-    with pytest.warns(UserWarning, match=OUTSIDE.format(asked, 120)):
+    with pytest.warns(UserWarning, match=outside):
         ap.check_teacher(teacher(), DATA, num_samples=32, **kwargs)
 
 
@@ -171,7 +172,7 @@ def test_ends_of_a_schedule_of_functions() -> None:
     schedule = ap.FunctionSchedule(vp.alpha, vp.sigma, times=(0, 1))  # 0 to 152
     denoiser = ap.denoiser_from_network(lambda x, time: 0 * x, "epsilon", schedule)
     with (
-        pytest.warns(UserWarning, match=r"from 0 to 152.*log_noise_levels\(120, 0.002, 80\)"),
+        pytest.warns(UserWarning, match=r"from 0 to 152.*log_noise_levels\(2, 0.002, 80\)"),
         pytest.raises(ValueError, match=r"0 to 152.167, got 200"),
     ):
         ap.estimate_statistics(denoiser, DATA, torch.tensor([200.0, 1.0]), num_samples=32, progress=False)
