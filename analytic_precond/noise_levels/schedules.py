@@ -19,7 +19,7 @@ from torch import Tensor
 from .._checks import check_level, check_positive
 from .._precision import wide_dtype
 
-_INTEGERS = (torch.int32, torch.int64)
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Rates(NamedTuple):
@@ -231,6 +231,6 @@ def with_slope(function: Callable[[Tensor], Tensor], time: Tensor) -> tuple[Tens
 
 def wide(value: Tensor, name: str) -> Tensor:
     """Return a time or noise level, checked to be one, in the widest dtype of its device; a time may be an integer."""
-    if not (name == "time" and isinstance(value, Tensor) and value.dtype in _INTEGERS):
+    if name != "time" or not isinstance(value, Tensor) or value.dtype not in _WHOLE:
         check_level(value, name)
     return value.to(wide_dtype(value.device))

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import all_true
-from .._precision import place, wide_dtype
+from .._precision import wide_dtype
 from ..noise_levels.network_scalings import input_scale
 from ..noise_levels.per_sample import expand_to, one_per_sample
-from ..noise_levels.schedules import Schedule
+from ..noise_levels.schedules import Schedule, wide
 
 if TYPE_CHECKING:
     from .base import Preconditioning, Scalings
@@ -137,8 +137,7 @@ class ScheduledPreconditioning(nn.Module):
 def _time(time: Tensor | float, device: torch.device) -> Tensor:
     """Return a time as a floating-point tensor: of floats in their dtype, of integers and numbers in the widest."""
     if isinstance(time, Tensor):
-        whole = not (time.is_floating_point() or time.is_complex() or time.dtype == torch.bool)
-        return place(time, time.device, torch.float64) if whole else time
+        return time if time.is_floating_point() else wide(time, "time")
     if isinstance(time, bool) or not isinstance(time, int | float):
         raise TypeError(f"a time must be a number or a tensor, got {time!r} ({type(time).__name__}).")
     return torch.full((), float(time), dtype=wide_dtype(device), device=device)

@@ -207,7 +207,7 @@ class TestDiscrete:
         assert VPDiscreteSchedule(alphas.cumprod(0)).noise_range[1] == pytest.approx(157.4, abs=0.1)  # the advice
         assert VPDiscreteSchedule(alphas.cumprod(0)[:200]).noise_range[1] == pytest.approx(0.72, abs=0.01)  # an expert
 
-    @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+    @pytest.mark.parametrize("dtype", [torch.int16, torch.int32, torch.int64])
     def test_integer_times(self, dtype: torch.dtype) -> None:
         index = torch.tensor([0, 500, 999], dtype=dtype)
         expected = ((1 - DDPM[index.long()]) / DDPM[index.long()]).sqrt()

@@ -112,7 +112,12 @@ def test_times_as_users_have_them() -> None:
     torch.testing.assert_close(c_skip, (ratio * (table[0] / table[steps]).sqrt()).float())
     torch.testing.assert_close(c_out, ((1 - ratio) * table[0].sqrt()).float())
     z = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(on_table.jump(z, 0 * z, steps, torch.zeros(3, dtype=torch.int32)), c_skip[:, None] * z)
+    for whole in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        first = torch.zeros(3, dtype=whole)
+        torch.testing.assert_close(on_table.jump(z, 0 * z, steps, first), c_skip[:, None] * z)
+        torch.testing.assert_close(on_table.schedule.noise_level(first), level[:1].expand(3))
+    with pytest.raises(TypeError, match=r"time must be a floating-point tensor, got torch\.bool"):
+        on_table(steps, steps == 0)
     asked, told = on_table.query(z, 999, 0)
     assert asked is z
     assert told == 999
