@@ -156,8 +156,9 @@ class AnalyticPreconditioning(EulerStepPreconditioning):
 
         Args:
             levels: Decreasing noise levels. Shape ``(K,)``.
-            l: Linear coefficients l_t. Shape ``(K,)``.
-            s: Scaling coefficients s_t (not their integral S). Shape ``(K,)``.
+            l: Linear coefficients l_t, usually from near 0 at the noisiest level to near 1. Shape ``(K,)``.
+            s: Scaling coefficients s_t (not their integral S), of either sign. Shape ``(K,)``. Nothing tells it from
+                ``l``: swapped tables make another preconditioning without an error. Pass both by name.
             discretization: ``"backward"`` or ``"forward"``.
             theta: A number in [0, 1] instead of a discretization.
             sigma_data: Standard deviation of the data, for `on_network`.
