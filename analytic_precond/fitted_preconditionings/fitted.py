@@ -124,7 +124,10 @@ class FittedPreconditioning(Preconditioning):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a file, by custom ``.safetensors``, as `TeacherStatistics.save` does: whole or not at all."""
+        """Write a file, by custom ``.safetensors``, as `TeacherStatistics.save` does: whole or not at all.
+
+        ``header`` is no part of a state dict: one that was loaded is written under the description of this fit.
+        """
         header, tensors = self._own_parts()
         header |= {**asdict(self.header), "sigma_data": self.sigma_data}
         table = self.table.state_dict()  # the float64 tables, whatever the device computes with
