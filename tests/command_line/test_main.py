@@ -639,7 +639,7 @@ def test_files_of_another_kind_are_named(capsys: pytest.CaptureFixture[str]) -> 
         assert line.endswith("or see the jumps by show, or by plot --what coefficients.")
     assert main(["show", "fit.st"]) == 0
     assert main(["plot", "fit.st", "--what", "coefficients", "--from", "4", "--output", "a.png"]) == 0
-    with pytest.raises(ValueError, match=r"its header says 'LeastSquares.*: write .*; load one of another class by that\."):
+    with pytest.raises(ValueError, match=r"header says 'LeastSquares.*: write .*; load one of another class by that\."):
         ap.TeacherStatistics.load("fit.st")
     ap.LeastSquaresPreconditioning.load("fit.st")
 
