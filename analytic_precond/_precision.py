@@ -9,9 +9,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ._checks import may_read
-
-ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
 WITHOUT_FLOAT64 = ("mps",)  # Apple's
 """Types of the devices that have no float64."""
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -148,49 +145,17 @@ class FixedPrecisionModule(nn.Module):
 
 
 class TableModule(FixedPrecisionModule):
-    """A table of a range of noise levels, whose ends Python knows too; a checkpoint that was cast is refused.
-
-    What is computed with the ends on a device are buffers, too: other codes copy those in place, buffer by buffer.
-    """
+    """A table of a range of noise levels, whose ends Python knows too; a checkpoint that was cast is refused."""
 
     ends_in: str
     """The buffer whose first row, or which itself, runs from sigma_max to sigma_min."""
 
-    limits: Tensor
-    """The lowest and the highest level that jumps may have: the ends, to float32 rounding."""
-
     def mirror_ends(self) -> None:
         """Mirror the ends in Python: reading a buffer on a training step would stall the device."""
-        self._mirrored = self._read_ends()
-        highest, lowest = self._mirrored
-        self._derive("limits", [lowest * (1 - ROUNDING), highest * (1 + ROUNDING)])
-
-    @property
-    def sigma_max(self) -> float:
-        """The noisiest level."""
-        return self._ends()[0]
-
-    @property
-    def sigma_min(self) -> float:
-        """The cleanest level."""
-        return self._ends()[1]
-
-    def holds(self, t: Tensor, s: Tensor) -> Tensor:
-        """Return which jumps from t to s go down inside the range."""
-        lowest, highest = self.limits.unbind()
-        return (s <= t * (1 + ROUNDING)) & (s >= lowest) & (t <= highest)
-
-    def _ends(self) -> tuple[float, float]:
-        return self._read_ends() if may_read(self.limits) else self._mirrored
-
-    def _read_ends(self) -> tuple[float, float]:
-        levels = self.get_buffer(self.ends_in)
+        levels = self._buffers[self.ends_in]
+        assert levels is not None
         first, *_, last = levels.reshape(-1, levels.shape[-1])[0].tolist()
-        return first, last
-
-    def _derive(self, name: str, value: float | list[float]) -> None:
-        """Make a buffer of what follows from those of a checkpoint, which does not hold it."""
-        self.register_buffer(name, self.get_buffer(self.ends_in).new_tensor(value), persistent=False)
+        self.sigma_max, self.sigma_min = float(first), float(last)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any,
@@ -203,7 +168,6 @@ class TableModule(FixedPrecisionModule):
                 return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.mirror_ends()
-        self._narrow(self.narrow_device)
 
 
 def _for_autograd(tensor: MaybeTensor) -> MaybeTensor:

@@ -108,9 +108,6 @@ class FittedPreconditioning(Preconditioning):
         """The cleanest level."""
         return self.table.sigma_min
 
-    def _valid(self, t: Tensor, s: Tensor) -> Tensor:
-        return self.table.holds(t, s)
-
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels."""
         c_skip, c_out = self.table.jumps(t, s)

@@ -48,7 +48,7 @@ def float32_tables(polynomials: Tensor, running: Tensor, ends: Tensor) -> dict[s
 
 
 def float32_integrals(
-    cells: Tensor, edges: Tensor, pairs: Tensor, cells_per_lambda: Tensor, t: Tensor, s: Tensor
+    cells: Tensor, edges: Tensor, pairs: Tensor, cells_per_lambda: float, t: Tensor, s: Tensor
 ) -> tuple[Tensor, ...]:
     """Return l_t, l_s, L_t / L_s, S_s / S_t and r for levels of one shape, from `float32_tables`."""
     # 1. The cells i of t and j of s. A level next to an end may be given to either cell: `places` may leave them a bit.

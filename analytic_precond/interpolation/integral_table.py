@@ -51,7 +51,6 @@ class IntegralTable(TableModule):
 
     rows: Tensor
     ends: Tensor
-    cells_per_lambda: Tensor
     cells: Tensor  # these three only where there is no float64
     edges: Tensor
     pairs: Tensor
@@ -96,30 +95,24 @@ class IntegralTable(TableModule):
         self.register_buffer("ends", torch.tensor([sigma_max, sigma_min], dtype=torch.float64, device="cpu"))
         self.mirror_ends()
 
-    def mirror_ends(self) -> None:
-        """Mirror the ends, and how long cells are."""
-        super().mirror_ends()
-        self._derive("cells_per_lambda", _CELLS / math.log(self.sigma_max / self.sigma_min))
-
     def narrowed(self) -> dict[str, Tensor]:
         """Return the tables of another algorithm: this one's differences need float64."""
         scaled = self.rows[:, :-3].unflatten(1, (-1, 4)).movedim(0, -1)  # power, function, cell
         l, ln_L, minus_h, _ = (scaled / torch.from_numpy(_POWERS_OF_2)[:, None, None]).unbind(1)
-        tables = float32_tables(torch.stack([l, ln_L, -minus_h - ln_L], 1), self.rows[:, -3:-1], self.ends)
-        return tables | {"limits": self.limits.float(), "cells_per_lambda": self.cells_per_lambda.float()}
+        return float32_tables(torch.stack([l, ln_L, -minus_h - ln_L], 1), self.rows[:, -3:-1], self.ends)
 
     def forward(self, t: Tensor, s: Tensor, with_S: bool = True) -> PairIntegrals:
         """Return the integrals for levels of one shape, in the tables' dtype, with ``s <= t`` inside the range.
 
         On a GPU each operation costs the host as much as any other, however few the levels: their number counts.
         """
-        cells_per_lambda = self.cells_per_lambda
+        cells_per_lambda = _CELLS / math.log(self.sigma_max / self.sigma_min)
         if self.narrow_device is not None:
             return PairIntegrals(*float32_integrals(self.cells, self.edges, self.pairs, cells_per_lambda, t, s))
         # 1. Both places in the table, in cells from sigma_max. t's is that of s less their distance, which is computed
         # from t - s itself: at s = t they have the same bits, and beside it the distance keeps its digits.
-        position_s = (self.ends[0] / s).log() * cells_per_lambda
-        position_t = position_s.addcmul(((t - s) / s).log1p(), cells_per_lambda, value=-1)
+        position_s = (s / self.sigma_max).log() * -cells_per_lambda
+        position_t = position_s.sub(((t - s) / s).log1p(), alpha=cells_per_lambda)
         position = torch.stack([position_t, position_s])
 
         # 2. Each place's cell, and the four polynomials there; w is in [-1/2, 1/2]. NaN becomes some integer.

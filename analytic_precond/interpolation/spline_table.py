@@ -56,7 +56,6 @@ class SplineTable(TableModule):
         starts = (-self.knots).exp()
         high = starts.float()
         return {
-            "limits": self.limits.float(),
             "control": self.control.float(),
             "starts": torch.stack([high, (starts - high).float()]),
             "half_widths": half.float(),

@@ -56,9 +56,6 @@ class EulerStepPreconditioning(Preconditioning):
         """The cleanest level of the statistics."""
         return self.integrals.sigma_min
 
-    def _valid(self, t: Tensor, s: Tensor) -> Tensor:
-        return self.integrals.holds(t, s)
-
     def coefficients(self, t: Tensor, s: Tensor) -> Scalings:
         """Return the coefficients for valid levels (docs/method.md, section 3)."""
         if may_read(t) and t.numel() > _AT_ONCE:
@@ -109,8 +106,7 @@ class AnalyticPreconditioning(EulerStepPreconditioning):
       where $h = g / S$.
 
     A module without parameters: its tables travel in the state dict (and fit any other instance), move with
-    ``.to(device)`` and ignore ``.half()``. Differentiable in t and s. Where other code copies buffers in place, theta
-    stays what it was, and off the CPU so do ``sigma_min`` and ``sigma_max``, but not what jumps there are.
+    ``.to(device)`` and ignore ``.half()``. Differentiable in t and s.
 
     Args:
         statistics: The teacher's statistics.

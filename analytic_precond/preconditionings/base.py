@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from .._checks import all_true, check_device, check_level, check_noise_level, check_positive, check_tensor
-from .._precision import ROUNDING, FixedPrecisionModule, place, wide_dtype
+from .._precision import FixedPrecisionModule, place, wide_dtype
 from ..noise_levels.network_scalings import EDMPreconditioning, input_scale
 from ..noise_levels.per_sample import expand_to, one_per_sample
 from ..noise_levels.schedules import Schedule
 from .scheduled import ScheduledPreconditioning
+
+ROUNDING = 1e-6  # relative: float32 grids end at 79.99998474 and 0.0019999996
 
 
 class Scalings(NamedTuple):

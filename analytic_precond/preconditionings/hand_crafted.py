@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .._checks import check_choice, check_not_negative, check_positive
-from .._precision import ROUNDING, place, wide_dtype
-from .base import Preconditioning, Scalings
+from .._precision import place, wide_dtype
+from .base import ROUNDING, Preconditioning, Scalings
 
 
 class CTMPreconditioning(Preconditioning):

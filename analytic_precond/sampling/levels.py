@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from torch import Tensor
 
 from .._checks import check_callable, check_level, check_not_negative
-from .._precision import ROUNDING
+from ..preconditionings.base import ROUNDING
 from ..students.base import student_behind
 
 Levels = Tensor | Sequence[float] | Sequence[int]

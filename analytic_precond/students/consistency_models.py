@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .._checks import all_true, check_not_negative
 from .._modules import attribute
-from .._precision import ROUNDING, place
+from .._precision import place
 from ..noise_levels.per_sample import one_per_sample, per_sample
-from ..preconditionings.base import Preconditioning
+from ..preconditionings.base import ROUNDING, Preconditioning
 from .base import NoiseConditioning, Student, takes, third_argument
 
 _CONDITIONS = ("class_labels", "labels", "label", "y", "context", "cond", "condition", "encoder_hidden_states")

@@ -225,25 +225,6 @@ class TestModule:
         assert torch.equal(student.precond(self.t, self.s).c_out, theta(self.t, self.s).c_out)
         assert torch.equal(student.precond(self.t, self.s).c_skip, theta(self.t, self.s).c_skip)
 
-    @pytest.mark.parametrize("unread", [False, True], ids=["", "where nobody may look"])
-    def test_buffers_may_be_copied_in_place(self, unread: bool) -> None:
-        """As EDM's ``copy_params_and_buffers`` does, into a student of other statistics."""
-        levels, theta = ap.log_noise_levels(50, 0.1, 20.0), analytic()
-        precond = ap.AnalyticPreconditioning.from_coefficients(levels, 1 / (1 + levels**2), 0.1 * levels.log())
-        theirs = dict(theta.named_buffers())
-        for name, buffer in precond.named_buffers():
-            buffer.copy_(theirs[name])
-        assert (precond.sigma_max, precond.sigma_min) == (80.0, 0.002)
-        call = torch.compile(precond, backend="eager", fullgraph=True) if unread else precond
-        for got, expected in zip(call(self.t, self.s), theta(self.t, self.s), strict=True):
-            assert torch.equal(got, expected)
-        if unread:
-            assert call(torch.full_like(self.t, 90.0), self.s).c_out.isnan().all()
-            torch.compiler.reset()
-        else:
-            with pytest.raises(ValueError, match=r"with 0\.002 <= s <= t <= 80 and t > 0, got t = 90"):
-                call(90.0, 1.0)
-
     def test_copies_and_pickles(self) -> None:
         precond = analytic()
         for copied in (copy.deepcopy(precond), pickle.loads(pickle.dumps(precond))):
