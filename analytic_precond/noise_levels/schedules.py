@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import all_true, check_level, check_positive, may_read
+from .._checks import check_level, check_positive
 from .._precision import wide_dtype
 
-_ROUNDING = 1e-15  # float64's, of a sigma that is meant to be 0
 _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -85,15 +84,8 @@ class Schedule(ABC):
         return None
 
     def noise_level(self, time: Tensor) -> Tensor:
-        """Return sigma / alpha.
-
-        Raises:
-            ValueError: If a time (on the CPU) is beyond an end, where sigma or alpha is negative.
-        """
-        alpha = self.alpha(time)
-        level = self.sigma(time) / alpha
-        check_times(time, level, alpha)
-        return level
+        """Return sigma / alpha."""
+        return self.sigma(time) / self.alpha(time)
 
     def network_time(self, noise_level: Tensor) -> Tensor:
         """Return what a network is told of ``noise_level``."""
@@ -225,19 +217,6 @@ def check_direction(data_at: object) -> None:
     """Refuse what is no end of the times 0 to 1."""
     if data_at not in (0, 1):
         raise ValueError(f"data_at must be 0 or 1, the time of clean data, got {data_at!r}.")
-
-
-def check_times(time: Tensor, level: Tensor, alpha: Tensor | float = 1.0) -> None:
-    """Refuse times beyond a schedule's ends, as far as the level or alpha there are negative and one may look."""
-    if not may_read(level):
-        return
-    known = (level > -_ROUNDING) & (alpha >= 0)  # not so of NaN
-    if all_true(known) is False:
-        index = int((~known).flatten().nonzero()[0])
-        raise ValueError(
-            f"times must be the schedule's own, counted without its time_scale and short of an end of pure noise, "
-            f"got {time.flatten()[index]:g}, a noise level of {level.flatten()[index]:g}."
-        )
 
 
 def with_slope(function: Callable[[Tensor], Tensor], time: Tensor) -> tuple[Tensor, Tensor]:

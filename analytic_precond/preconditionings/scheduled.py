@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from .._checks import all_true
 from .._precision import wide_dtype
 from ..noise_levels.network_scalings import input_scale
 from ..noise_levels.per_sample import expand_to, one_per_sample
-from ..noise_levels.schedules import Schedule, check_times, wide
+from ..noise_levels.schedules import Schedule, wide
 
 if TYPE_CHECKING:
     from .base import Preconditioning, Scalings
@@ -113,7 +114,13 @@ class ScheduledPreconditioning(nn.Module):
     def _level(self, time: Tensor) -> Tensor:
         """Return noise levels; of times that are rounded ends of the preconditioning's range, those ends."""
         level = self.schedule.noise_level(time)
-        check_times(time, level)
+        known = level >= 0  # not so of NaN
+        if all_true(known) is False:
+            index = int((~known).flatten().nonzero()[0])
+            raise ValueError(
+                f"times must be the schedule's own, counted without its time_scale and short of an end of pure noise, "
+                f"got {time.flatten()[index]:g}, a noise level of {level.flatten()[index]:g}."
+            )
         for end in (self.precond.sigma_min, self.precond.sigma_max):
             if end in (0.0, math.inf):
                 continue

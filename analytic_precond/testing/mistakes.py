@@ -196,10 +196,9 @@ class _Network:
 
     def __call__(self, z: Tensor, times: Tensor) -> Tensor:
         times = times.expand(z.shape[:1])
-        alpha = self.schedule.alpha(times)
-        t = self.schedule.sigma(times) / alpha
+        t = self.schedule.noise_level(times)
         known = t.isfinite() & ~self.schedule.time(t).isnan()  # a wrong time may be none at all
-        alpha = torch.where(known, alpha, torch.nan)
+        alpha = torch.where(known, self.schedule.alpha(times), torch.nan)
         low, high = self.schedule.noise_range or (0.0, torch.inf)
         some_level = min(max(low, 1.0), high)
         coefficients = PredictionScalings(self.prediction, self.schedule)(torch.where(known, t, some_level))[:2]

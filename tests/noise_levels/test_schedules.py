@@ -51,29 +51,6 @@ SCHEDULES: dict[str, Schedule] = {
 all_schedules = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
 
 
-@pytest.mark.parametrize(
-    ("schedule", "time", "level"),
-    [
-        (RectifiedFlowSchedule(), 1.5, "-3"),
-        (RectifiedFlowSchedule(), -0.25, "-0.2"),
-        (RectifiedFlowSchedule(data_at=1), 1.25, "-0.2"),
-        (TrigFlowSchedule(), 2.0, "-1.09252"),
-        (TrigFlowSchedule(), 4.0, "0.578911"),  # alpha and sigma are both negative
-        (RectifiedFlowSchedule(), math.nan, "nan"),
-    ],
-)
-def test_times_beyond_the_ends_of_a_flow_are_refused(schedule: Schedule, time: float, level: str) -> None:
-    with pytest.raises(ValueError, match=rf"times must be the schedule's own.* got {time:g}, a noise level of {level}"):
-        schedule.noise_level(torch.tensor([[0.5, time]]))
-
-
-def test_the_ends_of_a_flow_are_times() -> None:
-    assert RectifiedFlowSchedule().noise_level(tensor(0.0, 0.75, 1.0)).tolist() == [0.0, 3.0, math.inf]
-    assert TrigFlowSchedule().noise_level(tensor(0.0, math.pi / 2))[1] > 1e15
-    turned = FunctionSchedule(lambda u: (1 + torch.cos(u)) / 2, torch.sin, (math.tau, math.tau + 1))
-    assert -1e-15 < turned.noise_level(tensor(math.tau)) < 0  # the sine of the rounded end
-
-
 def tensor(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
