@@ -5,6 +5,7 @@ A teacher or a network may be a module, a method of one, or a function made of e
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import MethodType
@@ -49,14 +50,22 @@ def modules_of(denoiser: object) -> list[nn.Module]:
 
 def layers_of(network: object) -> Iterator[object]:
     """Yield a network and, from outside to inside, what is in it if it is a parallel, averaged or compiled one."""
-    while network is not None:
+    seen: list[object] = []
+    while not any(network is other for other in seen):
         yield network
+        seen.append(network)
         if isinstance(network, partial):
             network = network.func
         elif isinstance(network, nn.Module):
-            network = getattr(network, "module", getattr(network, "_orig_mod", None))
-        else:
-            return
+            inner = getattr(network, "module", None)
+            inner = inner if isinstance(inner, nn.Module) and names_no_argument(network.forward) else network
+            network = getattr(network, "_orig_mod", inner)
+
+
+def names_no_argument(function: Callable[..., Any]) -> bool:
+    """Whether a function takes anything, as wrappers do; a network's, which may have a part called module, does not."""
+    kinds = {parameter.kind for parameter in inspect.signature(function).parameters.values()}
+    return kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def attribute(network: object, name: str, default: Any = None) -> Any:

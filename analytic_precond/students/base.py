@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._checks import check_answer, check_callable
 from .._conditions import plain
-from .._modules import NetworkWrapper, attribute, layers_of, modules_of
+from .._modules import NetworkWrapper, attribute, layers_of, modules_of, names_no_argument
 from ..noise_levels.network_scalings import DenoiserScalings, EDMPreconditioning
 from ..noise_levels.per_sample import expand_to
 from ..preconditionings.base import Preconditioning
@@ -184,11 +184,10 @@ def third_argument(function: object) -> str:
 def _signature(function: object) -> inspect.Signature:
     """Return the signature of a function or a module; of a wrapper that takes anything, that of what is inside."""
     for layer in layers_of(function):
-        signature = inspect.signature(getattr(layer, "forward", layer))  # type: ignore[arg-type]
-        kinds = {parameter.kind for parameter in signature.parameters.values()}
-        if not kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}:
+        function = getattr(layer, "forward", layer)
+        if not names_no_argument(function):  # type: ignore[arg-type]
             break
-    return signature
+    return inspect.signature(function)  # type: ignore[arg-type]
 
 
 def student_behind(student: object) -> Student | None:

@@ -43,7 +43,9 @@ def read_out_advice(jumps: Jumps, rtol: float) -> str:
         return f"{_RULE} c_out has the wrong sign."
     flat = [ratio.abs() <= ROUGHLY for ratio in (skip, out)]
     if all(bool(ratio.all()) for ratio in flat):
-        return f"{_RULE} Both are flat at s = t, as of levels that are rounded to those of a table."
+        return (
+            f"{_RULE} Both are flat at s = t, like functions of the square of t - s, or of levels rounded to a table's."
+        )
     if bool(flat[0].all()):
         return f"{_RULE} c_skip is flat at s = t, like EDM's and LCM's scalings of t - s, which are for one target."
     if bool(flat[1].all()):
@@ -60,7 +62,10 @@ def read_out_advice(jumps: Jumps, rtol: float) -> str:
     if _all_are(high, ratio, rtol):
         digits = 4 if abs(high - 1) > ROUGHLY else 9
         times = f"{high:.{digits}g} times the slope at all levels"
-        return f"{_RULE} {name} has {times}, as if a factor, such as sigma_data, were missing or extra."
+        like = (
+            "like a power of s / t" if name == "c_skip" else "as if a factor, such as sigma_data, were missing or extra"
+        )
+        return f"{_RULE} {name} has {times}, {like}."
     if _all_are(1.0, ratio):
         times = f"{low:.9g} to {high:.9g} times the slope"
         return f"{_RULE} {name} has {times}: rounded inside, or of noisy tables, for which a larger rtol= is meant."

@@ -122,7 +122,15 @@ def test_an_interrupted_run_goes_on_from_its_last_evaluation(
         train.train(run, config, tmp_path, interrupt)
     assert not run.path(tmp_path).exists()
     counted.clear()
-    train.train(run, config, tmp_path, counted.append)
+    with pytest.raises(KeyboardInterrupt):  # other settings, other numbers: from the beginning
+        train.train(run, dataclasses.replace(config, ema=0.5), tmp_path, interrupt)
+    assert counted == [0, 1, 1, 1]
+    counted.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train.train(run, config, tmp_path, interrupt)
+    assert counted == [0, 1, 1, 1]
+    counted.clear()
+    train.train(run, dataclasses.replace(config, processes=1, methods=(method,)), tmp_path, counted.append)
     assert counted == [2, 1]  # the first two were not done again
     history, images = result()
     run.path(tmp_path).unlink()

@@ -103,6 +103,34 @@ def test_wrapped_networks_say_what_those_inside_do(wrap: Callable[[nn.Module], A
         ap.ConsistencyTrajectoryModel.from_denoiser(wrap(network), ap.CTMPreconditioning())
 
 
+class InParts(nn.Module):
+    """A network with a part that is called as what a wrapper wraps."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.module = part
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.module(x, t)
+
+
+class PassesOn(InParts):
+    def forward(self, *inputs: Any, **condition: Any) -> Tensor:
+        return self.module(*inputs, **condition)
+
+
+def test_a_part_called_module_is_not_taken_for_the_network() -> None:
+    assert ap.denoiser_from_edm(PassesOn(VE())).noise_range == (0.02, 100.0)
+    network = InParts(VE())
+    assert ap.denoiser_from_edm(network).noise_range is None
+    assert name_of(network, None) == "InParts"
+    student = ap.ConsistencyModel(VE(), ap.CTMPreconditioning())
+    ap.ConsistencyModel.from_denoiser(InParts(student), ap.CTMPreconditioning())
+    circle = PassesOn(nn.Identity())
+    circle.module = PassesOn(circle)
+    assert name_of(circle, None) == "PassesOn"
+
+
 def test_of_guided_denoisers_it_is_the_common_one() -> None:
     shorter = teacher(ap.VPDiscreteSchedule(TABLE[100:900]))
     low, high = (((1 - a) / a).sqrt().item() for a in (TABLE[100], TABLE[899]))

@@ -191,7 +191,7 @@ PLANTED: dict[str, tuple[Function, dict[str, Any], str]] = {
         r"read-out: .*Both are flat at s = t or right\. Right are those from t = 0\.01008 to 80, as if",
     ),
     "the nearest of few levels": (
-        rounded_to(18), {}, r"read-out: .*Both are flat at s = t, as of levels that are rounded to those of a table",
+        rounded_to(18), {}, r"read-out: .*Both are flat at s = t, like .*, or of levels rounded to a table's",
     ),
     "the nearest of many levels": (
         rounded_to(3000), {}, r"gradients: .*perhaps detached, under no_grad, of levels rounded to those",
@@ -203,6 +203,13 @@ PLANTED: dict[str, tuple[Function, dict[str, Any], str]] = {
     "a multiple of ln(t / s)": (
         lambda t, s: (1 - (t / s).log() / 10, (t / s).log() / 10), {},
         r"read-out: .*Both have 0\.1 times the slope at all levels, like .*or a multiple of ln\(t / s\)",
+    ),
+    "both of a square": (
+        lambda t, s: (1 - (1 - s / t) ** 2, (1 - s / t) ** 2), {},
+        r"read-out: .*Both are flat at s = t, like functions of the square of t - s",
+    ),
+    "a power of c_skip": (
+        lambda t, s: ((s / t) ** 2, 1 - s / t), {}, r"read-out: .*c_skip has 2 times .*, like a power of s / t",
     ),
     "a square": (lambda t, s: (s / t, (1 - s / t) ** 2), {}, r"read-out: .*c_out is flat at s = t, like the squ"),
     "c_skip and c_out swapped": (

@@ -116,6 +116,12 @@ class Configuration:
         """Return a problem by its name."""
         return next(problem for problem in self.problems if problem.name == name)
 
+    def settings_of(self, run: Run) -> str:
+        """Return all that decides a run's numbers, in words: not which others there are, nor where it runs."""
+        others = dict.fromkeys(("methods", "relatives", "seeds", "sweep_rates", "sweep_methods", "long_methods"), ())
+        alone = replace(self, problems=(self.problem(run.problem),), device="", processes=0, **others)
+        return f"{run} {alone}"
+
     def methods_of(self, problem: Problem) -> tuple[str, ...]:
         """Return the names of the methods compared on a problem; points of the plane have no cosine transform."""
         names = self.methods + (self.relatives if problem.relatives else ())

@@ -27,15 +27,25 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 class Checkpoint:
-    """All that a run in progress consists of, written at each evaluation: a killed run goes on from its last."""
+    """All that a run in progress consists of, written at each evaluation: a killed run goes on from its last.
 
-    def __init__(self, path: Path, parts: dict[str, Any], generators: tuple[torch.Generator, ...]) -> None:
-        self.path, self.parts, self.generators = path, parts, generators
+    Args:
+        path: The file.
+        settings: Of the run; a file of others is not read.
+        parts: What has a state dict.
+        generators: What the run draws from.
+    """
+
+    def __init__(
+        self, path: Path, settings: str, parts: dict[str, Any], generators: tuple[torch.Generator, ...]
+    ) -> None:
+        self.path, self.settings, self.parts, self.generators = path, settings, parts, generators
 
     def save(self, history: list[dict[str, Any]]) -> None:
         """Write the state of all parts, and what was measured so far."""
         states = {name: part.state_dict() for name, part in self.parts.items()}
-        content = {"parts": states, "generators": [g.get_state() for g in self.generators], "history": history}
+        drawn = [generator.get_state() for generator in self.generators]
+        content = {"settings": self.settings, "parts": states, "generators": drawn, "history": history}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         torch.save(content, temporary)
@@ -46,6 +56,8 @@ class Checkpoint:
         if not self.path.exists():
             return []
         content = torch.load(self.path, map_location="cpu", weights_only=True)
+        if content["settings"] != self.settings:
+            return []
         for name, part in self.parts.items():
             part.load_state_dict(content["parts"][name])
         for generator, state in zip(self.generators, content["generators"], strict=True):

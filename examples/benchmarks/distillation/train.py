@@ -94,7 +94,7 @@ def train(run: Run, config: Configuration, folder: Path, count: Callable[[int], 
     few = reference.start[:16]
     clock = Clock(config.device)
     parts = {"student": student, "average": average, "optimizer": optimizer, "clock": clock}
-    checkpoint = Checkpoint(run.path(folder).with_suffix(".pt"), parts, (order, times))
+    checkpoint = Checkpoint(run.path(folder).with_suffix(".pt"), config.settings_of(run), parts, (order, times))
     history = checkpoint.load()
     done = [point["iteration"] for point in history]
     due, first = set(problem.evaluations(run.iterations, config.shares)) - set(done), max(done, default=0)
