@@ -62,9 +62,7 @@ def read_out_advice(jumps: Jumps, rtol: float) -> str:
     if _all_are(high, ratio, rtol):
         digits = 4 if abs(high - 1) > ROUGHLY else 9
         times = f"{high:.{digits}g} times the slope at all levels"
-        like = (
-            "like a power of s / t" if name == "c_skip" else "as if a factor, such as sigma_data, were missing or extra"
-        )
+        like = "like a power" if name == "c_skip" else "as if a factor (sigma_data?) or a power were missing or extra"
         return f"{_RULE} {name} has {times}, {like}."
     if _all_are(1.0, ratio):
         times = f"{low:.9g} to {high:.9g} times the slope"
