@@ -149,7 +149,8 @@ PLANTED: dict[str, tuple[Function, dict[str, Any], str]] = {
     ),
     "a missing factor sigma_data": (
         lambda t, s: ((V + t * s) / (V + t**2), (t - s) / (t**2 + V).sqrt()), {"sigma_data": D},
-        r"read-out: -t d/ds c_out: got 2, expected 1, off by 1 .*2 times the slope at all levels, as if a factor .sigma_data",
+        r"read-out: -t d/ds c_out: got 2, expected 1, off by 1 .*2 times the slope at all levels, "
+        r"as if a factor \(sigma_data\?\) or a power were missing or extra",
     ),
     "a missing square root": (
         ctm_variance(root=False), {},
