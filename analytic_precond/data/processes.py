@@ -94,12 +94,7 @@ def processes() -> Iterator[Processes]:
     They talk through a gloo group of their own: the sums are on the CPU, whatever the teacher runs on.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        launched = os.environ.get("WORLD_SIZE", "1") if dist.is_available() and dist.is_torchelastic_launched() else "1"
-        if launched != "1" and not dist.is_initialized():
-            warn_caller(
-                f"this is one of {launched} processes, but torch.distributed is not initialised: each does all work. "
-                "To share it, call torch.distributed.init_process_group (or make accelerate's Accelerator) first."
-            )
+        _warn_if_nothing_is_shared()
         yield Processes(None)
         return
     group = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -113,3 +108,15 @@ def processes() -> Iterator[Processes]:
         dist.destroy_process_group(group)
         if all_know:  # the others learn of an interruption by the end of the connection
             _finished[:] = [group]
+
+
+def _warn_if_nothing_is_shared() -> None:
+    """Warn of processes that were launched together, as by torchrun, and do not know of each other."""
+    if not dist.is_available() or dist.is_initialized() or not dist.is_torchelastic_launched():
+        return
+    size = os.environ.get("WORLD_SIZE", "1")
+    if size != "1":
+        warn_caller(
+            f"this is one of {size} processes, but torch.distributed is not initialised: each does all work. "
+            "To share it, call torch.distributed.init_process_group (or make accelerate's Accelerator) first."
+        )

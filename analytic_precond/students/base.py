@@ -192,10 +192,7 @@ def _signature(function: object) -> inspect.Signature:
 
 def student_behind(student: object) -> Student | None:
     """Return the student inside wrappers (averaged, parallel, compiled); None of any other callable."""
-    for layer in layers_of(student):
-        if isinstance(layer, Student):
-            return layer
-    return None
+    return next((layer for layer in layers_of(student) if isinstance(layer, Student)), None)
 
 
 def default_range(student: object) -> tuple[float, float]:

@@ -227,7 +227,7 @@ class _EDMDenoiser(NetworkDenoiser):
     def _call_network(self, z: Tensor, c_noise: Tensor, condition: dict[str, Any]) -> Tensor:
         labels = condition.get("class_labels")
         some = labels is not None and not (isinstance(labels, Tensor) and labels.shape[-1:] == (0,))  # EDM's loaders
-        if attribute(self.network, "label_dim") == 0 and some:
+        if some and attribute(self.network, "label_dim") == 0:
             raise ValueError(
                 "expected no class_labels, as the network is unconditional (label_dim = 0) and would ignore them, got "
                 "some: drop them, or load the conditional network."

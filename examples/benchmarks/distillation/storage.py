@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,20 +12,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_json(content: object, path: Path) -> None:
-    """Write a JSON file."""
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Yield where to write a file, which then takes its place in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
+    yield temporary
     os.replace(temporary, path)
+
+
+def write_json(content: object, path: Path) -> None:
+    """Write a JSON file."""
+    with _whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, sort_keys=True))
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    with _whole(path) as temporary:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
 
 
 class Checkpoint:
@@ -46,10 +53,8 @@ class Checkpoint:
         states = {name: part.state_dict() for name, part in self.parts.items()}
         drawn = [generator.get_state() for generator in self.generators]
         content = {"settings": self.settings, "parts": states, "generators": drawn, "history": history}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        torch.save(content, temporary)
-        os.replace(temporary, self.path)
+        with _whole(self.path) as temporary:
+            torch.save(content, temporary)
 
     def load(self) -> list[dict[str, Any]]:
         """Give all parts their last written state, if there is one, and return what was measured up to there."""
