@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,14 +21,15 @@ from pathlib import Path
 
 import torch
 
-import analytic_precond as ap
-
+sys.path.insert(0, str(Path(__file__).parents[2]))  # a bare checkout will do: nothing need be installed
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "paper"))
 from networks import load_teacher
 from paper_runs import write_data, write_teacher
 from plan import costs_of
 from settings import Settings, experiment_of
+
+import analytic_precond as ap
 
 ROOT = Path(__file__).parents[2]
 RECIPE, SUPPORT = ROOT / "examples" / "paper", ROOT / "tests" / "support"
@@ -65,7 +67,7 @@ class Report:
                     raise
                 code = f"none after {limit:g} s"
             output.seek(0)
-            said = [line for line in output.read().splitlines() if "%|" not in line]  # without progress bars
+            said = [line for line in output.read().splitlines() if not re.search(r"%\||\bPASSED\b", line)]  # nor bars
         shown = [Path(word).name if Path(word).is_absolute() else word for word in words[1:]]
         self.write(f"\n## {name}\n\n`{' '.join(shown)}`\n\n```text")
         self.write("\n".join(said[-lines:]))
@@ -128,9 +130,10 @@ def main() -> None:
 
     tiny_option = ["--tiny"] if tiny else []
     parallel = ["-n", 4] if importlib.util.find_spec("xdist") and not tiny else []
-    tests = "tests/test_gpu.py" if tiny else "tests"
-    report.run("Tests", [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *parallel, "-rfE", tests], 240, 40)
-    report.run("Benchmark", [sys.executable, Path(__file__).with_name("gpu.py"), "--device", device, *tiny_option], 130)
+    # -v: each failure is named when it happens, should time run out; pytest-benchmark warns beside xdist, an error here
+    pytest = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:benchmark", *parallel, "-rfE"]
+    report.run("Tests", [*pytest, "tests/test_gpu.py" if tiny else "tests"], 270)
+    report.run("Benchmark", [sys.executable, Path(__file__).with_name("gpu.py"), "--device", device, *tiny_option], 180)
     run_recipe(report, device, tiny)
     if report.failed:
         raise SystemExit(f"failed: {', '.join(report.failed)}; {arguments.output} says how")

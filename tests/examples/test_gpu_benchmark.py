@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def test_what_fails_or_takes_too_long_is_named_and_loses_nothing(tmp_path: Path)
         "report.run('good', [sys.executable, '-c', 'print(1 + 1)'], 60)\n"
         "report.run('bad', [sys.executable, '-c', 'print(20 + 1); raise SystemExit(3)'], 60)\n"
         "report.run('slow', [sys.executable, '-uc', 'import time; print(300 + 1); time.sleep(600)'], 5)\n"
+        "report.run('tests', [sys.executable, '-c', 'print(\"a PASSED\\\\nb FAILED\")'], 60)\n"
         "print(report.failed)\n"
     )
     report = tmp_path / "gpu.md"
@@ -48,15 +50,17 @@ def test_what_fails_or_takes_too_long_is_named_and_loses_nothing(tmp_path: Path)
     assert run.stdout.splitlines()[-1] == "['bad', 'slow']", run.stderr
     written = report.read_text()
     assert [number in written for number in ("\n2\n", "\n21\n", "\n301\n")] == [True] * 3
+    assert "\na PASSED\n" not in written
+    assert "\nb FAILED\n" in written
     assert "exit status 3." in written
     assert "exit status none after 5 s." in written
 
 
-def test_the_report_says_that_it_needs_cuda(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "gpu_report.py"), "--output", str(tmp_path / "gpu.md")]
-    run = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={"CUDA_VISIBLE_DEVICES": "", "PATH": ""}
-    )
+def test_the_report_says_that_it_needs_cuda_and_needs_no_installation(tmp_path: Path) -> None:
+    # -S: installed packages are found, but not what an editable installation points to
+    command = [sys.executable, "-S", str(BENCHMARKS / "gpu_report.py"), "--output", str(tmp_path / "gpu.md")]
+    places = {"PYTHONPATH": sysconfig.get_path("purelib"), "CUDA_VISIBLE_DEVICES": "", "PATH": ""}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=places)
     assert run.returncode == 2
     assert "--device cpu --tiny" in run.stderr
     assert not (tmp_path / "gpu.md").exists()
