@@ -117,7 +117,7 @@ def test_one_version(metadata: Message) -> None:
 
 
 @pytest.mark.parametrize("package", ["analytic_precond", "training.third_party.analytic_precond"])
-def test_a_copied_folder_imports_uninstalled(tmp_path: Path, package: str) -> None:
+def test_a_copied_folder_works_uninstalled(tmp_path: Path, package: str) -> None:
     """Copied into a training repository under any name, a submodule of it, or on PYTHONPATH: no metadata are needed."""
     copy = tmp_path.joinpath(*package.split("."))
     shutil.copytree(ROOT / "analytic_precond", copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -138,9 +138,11 @@ assert len(names) > 80
 assert {package!r} == "analytic_precond" or "analytic_precond" not in sys.modules, "it reaches for the installed one"
 c_skip, c_out = ap.CTMPreconditioning()(4.0, 1.0)
 print(ap.__version__, c_skip.item(), c_out.item())
+importlib.import_module(f"{{ap.__name__}}.command_line.main").main(["--version"])
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert (run.stdout.split(), run.stderr) == ([ap.__version__, "0.25", "0.75"], "")
+    expected = [ap.__version__, "0.25", "0.75", "analytic-precond", ap.__version__]
+    assert (run.stdout.split(), run.stderr) == (expected, "")
 
 
 def test_console_script() -> None:

@@ -10,9 +10,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
+from .. import __version__
 from ..data.memory import BatchSize
 from ..estimation.estimate import estimate_statistics
 from ..statistics.teacher_statistics import L_METHODS, S_METHODS
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"analytic-precond {version('analytic-precond')}")
+    parser.add_argument("--version", action="version", version=f"analytic-precond {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, words, run, add_arguments, examples in (
         ("estimate", "TEACHER [--data DATA] --output FILE [options]", estimate, _add_estimate, _ESTIMATE),

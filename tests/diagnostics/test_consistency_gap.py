@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_teacher_evaluations_are_as_documented() -> None:
 def test_gpu_agrees() -> None:
     x_t = typical(SMALL, 5.0).expand(2, -1)
     t, s = torch.tensor([5.0, 5.0]), torch.tensor([1.0, 5.0])
-    on_gpu = consistency_gap(SMALL.denoiser.cuda(), CTM, x_t.cuda(), t.cuda(), s.cuda())
+    on_gpu = consistency_gap(copy.deepcopy(SMALL.denoiser).cuda(), CTM, x_t.cuda(), t.cuda(), s.cuda())
     assert on_gpu.start.device.type == "cuda"
     assert bool(torch.isnan(on_gpu.start[1]))  # s = t is not looked for
     on_cpu = consistency_gap(SMALL.denoiser, CTM, x_t[:1], t[:1], s[:1])

@@ -505,8 +505,8 @@ def test_cuda(gaussian: LeastSquaresPreconditioning) -> None:
     data = PROBLEM.sample(64, 0)
     options: dict[str, Any] = {"levels": ap.log_noise_levels(8, 0.01, 20.0), "num_trajectories": 64, "progress": False}
     here = LeastSquaresPreconditioning.fit(PROBLEM.denoiser, data, **options)
-    there = LeastSquaresPreconditioning.fit(PROBLEM.denoiser.cuda(), data, **options)
+    there = LeastSquaresPreconditioning.fit(copy.deepcopy(PROBLEM.denoiser).cuda(), data, **options)
     torch.testing.assert_close(there(5.0, 1.0), here(5.0, 1.0), rtol=1e-9, atol=0)
     t, s = (torch.from_numpy(v).cuda() for v in random_jumps(100, 0))
-    for a, b in zip(gaussian.cuda()(t, s), gaussian.cpu()(t.cpu(), s.cpu()), strict=True):
+    for a, b in zip(copy.deepcopy(gaussian).cuda()(t, s), gaussian(t.cpu(), s.cpu()), strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-12, atol=1e-14)
