@@ -130,9 +130,9 @@ def main() -> None:
 
     tiny_option = ["--tiny"] if tiny else []
     parallel = ["-n", 4] if importlib.util.find_spec("xdist") and not tiny else []
-    # -v: each failure is named when it happens, should time run out; pytest-benchmark warns beside xdist, an error here
-    pytest = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:benchmark", *parallel, "-rfE"]
-    report.run("Tests", [*pytest, "tests/test_gpu.py" if tiny else "tests"], 270)
+    tests = "tests/test_gpu.py" if tiny else "tests"
+    # -v: each failure is named when it happens, should time run out
+    report.run("Tests", [sys.executable, "-m", "pytest", "-v", "-m", "gpu", *parallel, "-rfE", tests], 270)
     report.run("Benchmark", [sys.executable, Path(__file__).with_name("gpu.py"), "--device", device, *tiny_option], 180)
     run_recipe(report, device, tiny)
     if report.failed:
